@@ -1,0 +1,9 @@
+"""attnlab: attention, from the dot product to Mistral 7B."""
+
+from attnlab.attention import causal_mask, online_softmax_attention, scaled_dot_product_attention
+from attnlab.cache import KVCache, RollingKVCache
+from attnlab.errors import AttnlabError
+from attnlab.layers import GroupedQueryAttention, RMSNorm, SwiGLU, TransformerBlock
+from attnlab.mistral import Mistral, MistralConfig
+
+__version__ = "0.1.0"

@@ -1,0 +1,34 @@
+"""``python -m attnlab.training``: see the package's docstring."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from attnlab.training.run import Recipe, train
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+@app.callback()
+def main() -> None:
+    """The companion: train it, then report on it."""
+
+
+@app.command("run")
+def run(
+    folder: Annotated[Path, typer.Argument(help="Where the run lives. An interrupted one goes on from here.")],
+    tokens: Annotated[int, typer.Option(help="How many tokens to train on.")] = Recipe.tokens,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's own choice.")] = 0,
+) -> None:
+    """Train the companion."""
+    if threads:
+        torch.set_num_threads(threads)
+    train(folder, recipe=Recipe(tokens=tokens, seed=seed), device=device)
+
+
+if __name__ == "__main__":
+    app()

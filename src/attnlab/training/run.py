@@ -1,0 +1,271 @@
+"""The training run: a small Mistral, Muon for its matrices, AdamW for the rest; resumable to the step."""
+
+import json
+import math
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from attnlab.errors import CheckpointError
+from attnlab.mistral import Mistral, MistralConfig
+from attnlab.training.corpus import Corpus, encode_files, train_tokenizer
+
+COMPANION = MistralConfig(
+    vocab_size=4096, d_model=256, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=32, d_ff=704,
+    window=256, rope_theta=1e4, tie_embeddings=True, name="companion",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run besides the corpus and the model. Shares are of rows, ``until`` of all tokens."""
+
+    tokens: int = 26_000_000
+    seed: int = 0
+    tests_share: float = 0.45  # rows cut from the tests; the others from the library
+    repeats_share: float = 0.02  # rows of random tokens repeated: what induction needs and code has little of
+    # (until, context, rows): short contexts first, which learn more a second; at the end longer than the window
+    phases: tuple[tuple[float, int, int], ...] = ((0.22, 128, 16), (0.40, 128, 32), (0.92, 256, 16), (1.0, 512, 8))
+    muon_lr: float = 0.02
+    adam_lr: float = 3e-3
+    warmup_steps: int = 50
+    last_lr: float = 0.01  # of the first, reached in a straight line
+    clip: float = 1.0
+    checkpoints: tuple[int, ...] = field(  # tokens seen, close together where induction appears
+        default=(
+            250_000,
+            500_000,
+            1_000_000,
+            1_500_000,
+            2_000_000,
+            3_000_000,
+            4_000_000,
+            6_000_000,
+            10_000_000,
+            16_000_000,
+        )
+    )
+
+
+class Data:
+    """Batches as a function of the step alone, so that a resumed run sees what it would have seen."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.bos = tokenizer.token_to_id("<s>")
+        self.lib = encode_files(tokenizer, corpus.lib)
+        self.tests = encode_files(tokenizer, corpus.tests)
+        counts = np.bincount(np.concatenate((self.lib, self.tests)), minlength=tokenizer.get_vocab_size())
+        counts[self.bos] = 0
+        self.frequencies = counts / counts.sum()
+
+    def batch(self, step: int, rows: int, context: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (rows, context); every row starts with ``<s>``. A target of -100 is not scored."""
+        rng = np.random.default_rng((self.recipe.seed, step))
+        inputs = np.empty((rows, context), dtype=np.int64)
+        targets = np.empty((rows, context), dtype=np.int64)
+        for row in range(rows):
+            if rng.random() < self.recipe.repeats_share:
+                n = int(rng.integers(8, context // 3 + 1))
+                once = rng.choice(len(self.frequencies), n, p=self.frequencies)
+                text = np.resize(once, context)
+                targets[row], targets[row, :n] = text, -100  # the first copy cannot be known
+            else:
+                stream = self.tests if rng.random() < self.recipe.tests_share else self.lib
+                start = int(rng.integers(0, len(stream) - context))
+                text = stream[start : start + context].astype(np.int64)
+                targets[row] = np.where(text == self.bos, -100, text)
+            inputs[row, 0], inputs[row, 1:] = self.bos, text[:-1]
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def initialise(model: Mistral, seed: int) -> None:
+    """Embedding N(0, 0.02); matrices N(0, 0.5/√d); those that write to the residual stream smaller by √(2L)."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            continue
+        std = 0.02 if "embed" in name else 0.5 / math.sqrt(config.d_model)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * config.n_layers)
+        with torch.no_grad():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def optimizers(model: Mistral, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon (matrices of the blocks) and AdamW (embedding and norms)."""
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    others = [p for name, p in model.named_parameters() if not name.startswith("blocks.") or p.dim() == 1]
+    return [
+        torch.optim.Muon(
+            matrices, lr=recipe.muon_lr, momentum=0.95, nesterov=True, weight_decay=0.01, adjust_lr_fn="original"
+        ),
+        torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def schedule(recipe: Recipe) -> list[tuple[int, int, int]]:
+    """(tokens before the step, context, rows) for every step of the run."""
+    steps, seen = [], 0
+    for until, context, rows in recipe.phases:
+        while seen < until * recipe.tokens:
+            steps.append((seen, context, rows))
+            seen += context * rows
+    return steps
+
+
+def train(
+    folder: Path,
+    config: MistralConfig = COMPANION,
+    recipe: Recipe | None = None,
+    device: str = "cpu",
+    save_every: float = 60.0,
+    progress: bool = True,
+) -> Mistral:
+    """Train in ``folder``, or go on where an earlier call was cut off.
+
+    Leaves there ``corpus.json.gz`` (made from the standard library unless it is there), ``tokenizer.json``, ``run.json``
+    (what was asked for, machine, versions), ``log.jsonl`` (loss over time), ``tokens-N.safetensors`` (bfloat16 weights
+    along the way and at the end) and ``state.pt`` (to resume from). Every file is written beside its place and renamed.
+
+    Raises CheckpointError if the folder holds a run with other settings.
+    """
+    recipe = recipe or Recipe()
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus, tokenizer = prepare(folder, config.vocab_size)
+    asked = {"config": config.to_dict(), "recipe": asdict(recipe), "corpus": corpus.sha256}
+    asked = json.loads(json.dumps(asked))
+    run_file = folder / "run.json"
+    if run_file.exists():
+        before = json.loads(run_file.read_text())
+        if any(before[key] != asked[key] for key in asked):
+            raise CheckpointError(f"{folder} holds a run with other settings or another corpus; give a new folder")
+    else:
+        machine = {
+            "machine": machine_name(device), "threads": torch.get_num_threads(), "device": device,
+            "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
+        }  # fmt: skip
+        _write(run_file, json.dumps(asked | machine, indent=1))
+
+    data = Data(corpus, tokenizer, recipe)
+    torch.manual_seed(recipe.seed)
+    model = Mistral(config)
+    initialise(model, recipe.seed)
+    model.to(device)
+    both = optimizers(model, recipe)
+    first_lrs = [optimizer.param_groups[0]["lr"] for optimizer in both]
+    steps = schedule(recipe)
+    step, seconds, losses = 0, 0.0, []
+    state_file, log_file = folder / "state.pt", folder / "log.jsonl"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True, map_location=device)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(both, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step, seconds = state["step"], state["seconds"]
+        lines = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= step]
+        _write(log_file, "".join(f"{line}\n" for line in lines))
+
+    def save() -> None:
+        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in both]}
+        torch.save(state | {"step": step, "seconds": seconds}, folder / "state.tmp")
+        os.replace(folder / "state.tmp", state_file)
+
+    bar = tqdm(total=recipe.tokens, initial=steps[step][0] if step < len(steps) else recipe.tokens, unit="tok",
+               unit_scale=True, disable=not progress)  # fmt: skip
+    last_save = time.monotonic()
+    with log_file.open("a") as log:
+        while step < len(steps):
+            start = time.monotonic()
+            seen, context, rows = steps[step]
+            factor = min(1.0, (step + 1) / recipe.warmup_steps)
+            factor *= 1.0 - (1.0 - recipe.last_lr) * seen / recipe.tokens
+            for optimizer, lr in zip(both, first_lrs, strict=True):
+                optimizer.param_groups[0]["lr"] = lr * factor
+            inputs, targets = (t.to(device) for t in data.batch(step, rows, context))
+            with torch.autocast(device, dtype=torch.bfloat16):
+                logits = model(inputs)  # (rows, context, vocab)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            for optimizer in both:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+            seen, step = seen + rows * context, step + 1
+            seconds += time.monotonic() - start
+            bar.update(rows * context)
+            if step % 50 == 0 or step == len(steps):
+                mean = sum(losses) / len(losses)
+                line = {
+                    "step": step,
+                    "tokens": seen,
+                    "seconds": round(seconds, 1),
+                    "loss": round(mean, 4),
+                    "context": context,
+                }
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                bar.set_postfix(loss=f"{mean:.3f}")
+                losses.clear()
+            passed = [mark for mark in recipe.checkpoints if seen - rows * context < mark <= seen]
+            if passed or step == len(steps):
+                save_weights(model, folder / f"tokens-{seen:010d}.safetensors")
+            if step == len(steps) or time.monotonic() - last_save > save_every:
+                save()
+                last_save = time.monotonic()
+    bar.close()
+    return model
+
+
+def prepare(folder: Path, vocab_size: int) -> tuple[Corpus, Tokenizer]:
+    """The run's corpus and tokenizer, made on first use."""
+    corpus_file, tokenizer_file = folder / "corpus.json.gz", folder / "tokenizer.json"
+    if not corpus_file.exists():
+        temporary = folder / "corpus.tmp"
+        Corpus.from_standard_library().save(temporary)
+        os.replace(temporary, corpus_file)
+    corpus = Corpus.load(corpus_file)
+    if not tokenizer_file.exists():
+        _write(tokenizer_file, train_tokenizer(corpus, vocab_size).to_str(pretty=False))
+    return corpus, Tokenizer.from_file(str(tokenizer_file))
+
+
+def save_weights(model: Mistral, path: Path) -> None:
+    """bfloat16, under the model's own names; a tied output matrix is not written twice."""
+    tensors = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del tensors["lm_head.weight"]
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    os.replace(temporary, path)
+
+
+def machine_name(device: str = "cpu") -> str:
+    """What ran it: the GPU's name, or the processor's and how many cores torch was given."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{cpu}, {os.cpu_count()} cores"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

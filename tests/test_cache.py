@@ -1,0 +1,170 @@
+"""cache.py: what is kept, where, and what a query may see of it; at and around the window."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnlab import KVCache, Mistral, MistralConfig, RollingKVCache
+from attnlab.attention import causal_mask
+from attnlab.errors import CapacityError, ConfigError, ShapeError
+
+W = 4
+
+
+def model(window=W, n_kv_heads=2):
+    torch.manual_seed(0)
+    return Mistral(
+        MistralConfig(vocab_size=31, d_model=16, n_layers=2, n_heads=4, n_kv_heads=n_kv_heads, d_ff=24, window=window)
+    ).eval()
+
+
+def chunked(m, ids, sizes, **kind):
+    cache, out, t = m.new_cache(ids.shape[0], 64, **kind), [], 0
+    for size in sizes:
+        out.append(m(ids[:, t : t + size], cache))
+        t += size
+    return torch.cat(out, 1), cache
+
+
+KINDS = [{}, {"rolling": False}, {"static": True}, {"rolling": False, "static": True}]
+
+
+@torch.no_grad()
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    window=st.sampled_from([None, 1, 3, 4, 5, 30]),
+    kind=st.sampled_from(KINDS),
+)
+def test_chunks_of_any_size_equal_one_pass(sizes, window, kind):
+    m = model(window)
+    ids = torch.randint(0, 31, (2, sum(sizes)), generator=torch.Generator().manual_seed(sum(sizes)))
+    got, cache = chunked(m, ids, sizes, **kind)
+    torch.testing.assert_close(got, m(ids), atol=1e-5, rtol=1e-4)
+    assert cache.lengths.tolist() == [sum(sizes)] * 2
+
+
+@pytest.mark.parametrize("length", [W - 1, W, W + 1, 3 * W])
+@pytest.mark.parametrize("chunk", [1, W - 1, W, W + 1, 2 * W + 1])
+@torch.no_grad()
+def test_mask_rolling_cache_and_prefill_agree_around_the_window(length, chunk):
+    m = model()
+    ids = torch.randint(0, 31, (1, length + 2), generator=torch.Generator().manual_seed(1))
+    sizes = [chunk] * (length // chunk) + ([length % chunk] if length % chunk else []) + [1, 1]
+    rolling, _ = chunked(m, ids, sizes)
+    masked, _ = chunked(m, ids, sizes, rolling=False)
+    torch.testing.assert_close(rolling, m(ids), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(masked, m(ids), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_token_beyond_the_window_changes_nothing_in_one_layer():
+    """The last logits of a one-layer model depend on exactly the last W tokens: W + 1 back plays no part, W back does."""
+    torch.manual_seed(0)
+    m = Mistral(MistralConfig(vocab_size=31, d_model=16, n_layers=1, n_heads=4, n_kv_heads=2, d_ff=24, window=W))
+    ids = torch.randint(0, 31, (1, 10))
+    for sizes in ([10], [1] * 10, [7, 3]):
+        last = chunked(m, ids, sizes)[0][:, -1]
+        for back, matters in ((W + 1, False), (W, True)):
+            changed = ids.clone()
+            changed[0, 10 - back] = (changed[0, 10 - back] + 1) % 31
+            same = torch.allclose(chunked(m, changed, sizes)[0][:, -1], last, atol=1e-6)
+            assert same is not matters
+
+
+def test_slot_is_position_mod_window():
+    cache = RollingKVCache(1, 1, 1, 2, window=3)
+    assert cache.slots == 3
+    for position in range(8):
+        cache.update(0, torch.full((1, 1, 1, 2), float(position)), torch.zeros(1, 1, 1, 2))
+        cache.advance(1)
+        assert cache.k[0, 0, 0, position % 3, 0] == position
+        held = [p for p in cache.held_positions(cache.lengths)[0].tolist() if p >= 0]
+        assert sorted(held) == list(range(max(0, position - 2), position + 1))
+        assert cache.k[0, 0, 0, : len(held), 0].tolist() == held
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_different_lengths_decode_together(kind):
+    m = model()
+    g = torch.Generator().manual_seed(2)
+    rows = [torch.randint(0, 31, (1, n), generator=g) for n in (3, 9, 4)]
+    cache = m.new_cache(3, 64, **kind)
+    for i, ids in enumerate(rows):
+        m(ids[:, :-1], cache.row(i))
+    assert cache.lengths.tolist() == [2, 8, 3]
+    got = m(torch.cat([ids[:, -1:] for ids in rows]), cache)
+    for i, ids in enumerate(rows):
+        torch.testing.assert_close(got[i], m(ids)[0, -1:], atol=1e-5, rtol=1e-4)
+    more = torch.randint(0, 31, (3, 6), generator=g)  # and a chunk, across the window
+    got = m(more, cache)
+    for i, ids in enumerate(rows):
+        torch.testing.assert_close(got[i], m(torch.cat((ids, more[i : i + 1]), 1))[0, -6:], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset_forgets(kind):
+    m = model()
+    first, second = torch.randint(0, 31, (2, 1, 11), generator=torch.Generator().manual_seed(3))
+    cache = m.new_cache(1, 64, **kind)
+    m(first, cache)
+    cache.reset()
+    torch.testing.assert_close(m(second, cache), m(second), atol=1e-5, rtol=1e-4)
+
+
+def test_overflow_is_refused_and_leaves_the_cache_usable():
+    m = model(window=None)
+    cache = m.new_cache(1, 5)
+    m(torch.zeros(1, 4, dtype=torch.long), cache)
+    with pytest.raises(CapacityError, match="holds 5 tokens a row, 4 are in it and 2 more came"):
+        m(torch.zeros(1, 2, dtype=torch.long), cache)
+    m(torch.zeros(1, 1, dtype=torch.long), cache)
+    assert cache.lengths.tolist() == [5]
+
+
+def test_a_rolling_cache_takes_any_number_in_a_fixed_space():
+    m = model()
+    cache = m.new_cache(1)
+    before = cache.nbytes
+    for _ in range(5):
+        m(torch.zeros(1, 7, dtype=torch.long), cache)
+    assert isinstance(cache, RollingKVCache) and cache.slots == W and cache.nbytes == before
+    assert cache.nbytes == 2 * 2 * 1 * 2 * W * 4 * 4  # k and v, layers, batch, K/V heads, slots, head_dim, bytes
+
+
+def test_new_cache_chooses():
+    assert type(model().new_cache(1, 64)) is RollingKVCache
+    assert type(model().new_cache(1, 64, rolling=False)) is KVCache
+    assert type(model().new_cache(1, W)) is KVCache  # nothing would ever be dropped
+    with pytest.raises(CapacityError, match="max_len"):
+        model(window=None).new_cache(1)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="max_len"):
+        KVCache(1, 1, 1, 8, 0)
+    with pytest.raises(ConfigError, match="window"):
+        RollingKVCache(1, 1, 1, 8, window=0)
+    cache = KVCache(1, 2, 4, 8, 16)
+    with pytest.raises(ShapeError, match=r"\(2, 4, 8\)"):
+        cache.update(0, torch.zeros(2, 3, 1, 8), torch.zeros(2, 3, 1, 8))
+    with pytest.raises(ShapeError, match="rows are 0 to 1"):
+        cache.row(2)
+    with pytest.raises(ShapeError, match="2 rows and 1 came"):
+        m = model()
+        m(torch.zeros(1, 3, dtype=torch.long), m.new_cache(2, 8))
+    with pytest.raises(CapacityError, match="no room"):
+        KVCache(10_000, 10_000, 1_000, 1_000, 1_000)
+
+
+def test_the_mask_of_a_full_cache_is_causal_mask():
+    cache = KVCache(1, 1, 1, 2, 16, window=3)
+    cache.lengths += 5
+    other = cache.row(0)
+    other.static = True  # the same question, answered with a mask
+    _, _, sees = other.update(0, torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2))
+    assert torch.equal(sees["mask"][0, 0, :, :9], causal_mask(4, 9, window=3))
+    assert not sees["mask"][..., 9:].any()
