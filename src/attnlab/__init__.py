@@ -1,9 +1,13 @@
 """attnlab: attention, from the dot product to Mistral 7B."""
 
+from attnlab import memory
 from attnlab.attention import causal_mask, online_softmax_attention, scaled_dot_product_attention
 from attnlab.cache import KVCache, RollingKVCache
 from attnlab.errors import AttnlabError
+from attnlab.generate import generate, stream
 from attnlab.layers import GroupedQueryAttention, RMSNorm, SwiGLU, TransformerBlock
+from attnlab.loading import LanguageModel, load
 from attnlab.mistral import Mistral, MistralConfig
+from attnlab.record import AttentionRecord, record_attention
 
 __version__ = "0.1.0"
