@@ -1,5 +1,5 @@
 """How the companion was made: corpus, tokenizer, training run, baselines and report.
 
-python -m attnlab.training run RUN_FOLDER        # corpus and tokenizer if missing, then train; resumes after a kill
-python -m attnlab.training report RUN_FOLDER     # evaluate, score the heads over time, write the companion's files
+python -m attnlab.training run RUN_FOLDER                  # corpus and tokenizer if missing, then train; resumes after a kill
+python -m attnlab.training report RUN_FOLDER --out FOLDER  # evaluate, score heads over time, write the companion
 """

@@ -1,11 +1,14 @@
 """``python -m attnlab.training``: see the package's docstring."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from attnlab.errors import AttnlabError
+from attnlab.training.report import report as write_report
 from attnlab.training.run import Recipe, train
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -30,5 +33,25 @@ def run(
     train(folder, recipe=Recipe(tokens=tokens, seed=seed), device=device)
 
 
+@app.command("report")
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's folder; an unfinished one is reported as such.")],
+    out: Annotated[Path, typer.Option(help="Where the model, its report and its card go, as a Hugging Face folder.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's own choice.")] = 0,
+) -> None:
+    """Measure a run: bits per byte, heads, their history, completions. Writes the companion's folder."""
+    if threads:
+        torch.set_num_threads(threads)
+    result = write_report(folder, out, device=device)
+    typer.echo(
+        f"{out}: {result['bits_per_byte']['cold_256']:.3f} bits per byte"
+        + ("" if result["finished"] else ", unfinished")
+    )
+
+
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except AttnlabError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,50 @@
+# Two commands matter: `make book` and `make test`. `make help` lists the rest.
+
+PYTHON ?= python3
+PORT ?= 8000
+RUN := .venv/bin/python
+# In CI a browser that is missing is a failure; elsewhere its tests are skipped, and say so.
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help venv book serve lab notebooks test test-long bench requirements clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: ## .venv from requirements.txt, if it is missing or stale
+	@$(PYTHON) tools/environment.py
+
+book: venv ## execute the notebooks, write the pages to _build/html
+	@$(RUN) tools/book.py
+
+serve: book ## show the pages on localhost
+	@echo "http://127.0.0.1:$(PORT)  (Ctrl-C ends it)"
+	@$(RUN) -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
+
+lab: venv ## open the notebooks in JupyterLab
+	@$(RUN) -m jupyterlab notebooks
+
+notebooks: venv ## execute the notebooks and write their outputs back into them
+	@$(RUN) tools/notebooks.py
+
+test: book ## lint, unit tests, notebooks against their outputs, the built pages in a browser
+	@$(RUN) tools/chromium.py
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+	@$(RUN) -m pytest -m "not long" --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
+	    --nbval-cell-timeout 300 --durations 10 tests notebooks
+
+test-long: venv ## what takes minutes and gigabytes: the full 7B shape among it
+	@$(RUN) -m pytest -m long tests
+
+bench: venv ## measure against peers, write benchmarks/results
+	@$(RUN) benchmarks/decode_attention.py
+	@if command -v nvidia-smi >/dev/null; then $(RUN) benchmarks/gpu.py; else echo "no GPU here: benchmarks/gpu.py left out"; fi
+
+requirements: venv ## compile requirements.txt from pyproject.toml
+	@$(RUN) tools/requirements.py
+
+clean: ## remove what make made, .venv included
+	rm -rf _build .venv .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -1,0 +1,680 @@
+"""Checkpoints on disk: Hugging Face folders and Mistral's own, read and written.
+
+A Hugging Face folder is ``config.json`` with ``model.safetensors``, or with shards and ``model.safetensors.index.json``. A
+Mistral-native one is ``params.json`` with ``consolidated.safetensors`` or ``consolidated.00.pth``. They hold the same numbers
+under other names, and the rows of the query and key projections in another order (``rotary.py`` says why): read one with
+the other's order and the model runs and is wrong.
+
+What an absent key means differs, and is a trap:
+
+================  =================================================  ================================================
+key               config.json (defaults of transformers' own class)  params.json (mistral-inference)
+================  =================================================  ================================================
+window            ``sliding_window`` absent: 4096; null: none        ``sliding_window`` absent or null: none
+rope_theta        10 000                                             10 000 with a window, 1 000 000 without one
+head_dim          hidden_size / num_attention_heads                  dim / n_heads
+norm eps          ``rms_norm_eps`` absent: 1e-6                      must be there
+K/V heads         ``num_key_value_heads`` absent: 8; null: as many   must be there
+                  as query heads
+================  =================================================  ================================================
+
+Sources: transformers ``configuration_mistral.py`` and ``convert_mistral_weights_to_hf.py``; mistral-inference
+``transformer.py`` at eb3d6c2 (later versions take 1 000 000 always, which is wrong for 7B v0.1).
+"""
+
+import errno
+import json
+import os
+import pickle
+import re
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from attnlab.errors import CapacityError, CheckpointError, ConfigError
+from attnlab.mistral import Mistral, MistralConfig
+from attnlab.rotary import halves_to_interleaved, interleaved_to_halves
+
+Layout = Literal["hf", "mistral"]
+CONFIG_FILES: dict[Layout, str] = {"hf": "config.json", "mistral": "params.json"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_HF_FILE, _HF_INDEX, _NATIVE_FILE = "model.safetensors", "model.safetensors.index.json", "consolidated.safetensors"
+_JSON_LIMIT = 50_000_000  # bytes; the index of a model of a trillion weights has fewer
+_SIZE_LIMIT = 10_000_000  # no vocabulary, width or window comes near
+_STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# our name: (Hugging Face's, Mistral's); the lower ones once a layer
+_NAMES = {
+    "embed.weight": ("model.embed_tokens.weight", "tok_embeddings.weight"),
+    "norm.weight": ("model.norm.weight", "norm.weight"),
+    "lm_head.weight": ("lm_head.weight", "output.weight"),
+}
+_BLOCK_NAMES = {
+    "attention_norm.weight": ("input_layernorm.weight", "attention_norm.weight"),
+    "attention.q_proj.weight": ("self_attn.q_proj.weight", "attention.wq.weight"),
+    "attention.k_proj.weight": ("self_attn.k_proj.weight", "attention.wk.weight"),
+    "attention.v_proj.weight": ("self_attn.v_proj.weight", "attention.wv.weight"),
+    "attention.o_proj.weight": ("self_attn.o_proj.weight", "attention.wo.weight"),
+    "ffn_norm.weight": ("post_attention_layernorm.weight", "ffn_norm.weight"),
+    "feed_forward.gate_proj.weight": ("mlp.gate_proj.weight", "feed_forward.w1.weight"),
+    "feed_forward.up_proj.weight": ("mlp.up_proj.weight", "feed_forward.w3.weight"),
+    "feed_forward.down_proj.weight": ("mlp.down_proj.weight", "feed_forward.w2.weight"),
+}
+_HARMLESS = re.compile(r".*rotary_emb\.inv_freq|rope\.freqs")  # old files store what rope_theta says
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """``"float32"``, ``"bfloat16"`` or ``"float16"`` as torch's object. Raises ConfigError for another."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    return found
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"`` as torch's object. Raises ConfigError for one that is not here."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f'device must be "cpu", "cuda", "cuda:0" … or "mps"; got {device!r}') from error
+    count = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(found.type)
+    if count is None:
+        raise ConfigError(f'device must be "cpu", "cuda", "cuda:0" … or "mps"; got {device!r}')
+    if (found.index or 0) >= count:
+        raise ConfigError(f'device {str(found)!r} is not here: torch sees {count} of that kind; use another, or "cpu"')
+    return found
+
+
+# ---- what a folder holds ----------------------------------------------------------------------------------------------
+
+
+def read_config(folder: str | Path) -> MistralConfig:
+    """The config of a checkpoint folder; its ``name`` is the folder's.
+
+    Raises CheckpointError for a folder without one, a file that is no JSON object, another architecture, or a setting
+    this decoder has not (scaled rotary positions, another activation, quantised weights, experts).
+    """
+    folder = _existing(folder)
+    layout = _layout(folder)
+    file = folder / CONFIG_FILES[layout]
+    stored = _read_json(file)
+    try:
+        return (_config_from_hf if layout == "hf" else _config_from_native)(file, stored)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    except (TypeError, OverflowError) as error:
+        raise CheckpointError(f"{file}: has a value of another kind than expected: {error}") from error
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype most of the weights are stored in; float32 where that is float64. Raises CheckpointError."""
+    folder = _existing(folder)
+    return _main_dtype(_stored_tensors(folder, _layout(folder)))
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str  # the file's own word for it where it is none of ours
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def _existing(folder: str | Path) -> Path:
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"expected a model folder; {folder} is {'a file' if folder.exists() else 'not there'}")
+    return folder
+
+
+def _layout(folder: Path) -> Layout:
+    """Hugging Face's where both are complete, as in the folders of v0.3: it is the one that needs no reordering."""
+    native = (folder / "params.json").exists()
+    if (folder / "config.json").exists() and not (native and not _has_hf_weights(folder)):
+        return "hf"
+    if native:
+        return "mistral"
+    raise CheckpointError(
+        f"{folder}: expected config.json (Hugging Face) or params.json (Mistral); it has neither. Give the folder of a "
+        "whole model, or download it again"
+    )
+
+
+def _has_hf_weights(folder: Path) -> bool:
+    return (folder / _HF_FILE).exists() or (folder / _HF_INDEX).exists()
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        size = file.stat().st_size
+        if size > _JSON_LIMIT:
+            raise CheckpointError(f"{file}: expected a JSON file of some kilobytes; got {size:,} bytes")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: expected JSON; {error}. Download the file again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected a JSON object {{…}}; got a {type(content).__name__}")
+    return content
+
+
+def _config_from_hf(file: Path, stored: dict) -> MistralConfig:
+    model_type, architectures = stored.get("model_type"), stored.get("architectures") or ["MistralForCausalLM"]
+    if model_type != "mistral" or "MistralForCausalLM" not in architectures:
+        raise CheckpointError(
+            f'{file}: expected model_type "mistral" and MistralForCausalLM; got {model_type!r} and {architectures}. attnlab '
+            "loads Mistral's architecture; record_attention takes any model of transformers"
+        )
+    if stored.get("quantization_config"):
+        raise CheckpointError(
+            f"{file}: expected plain weights; these are quantised. Give the folder they were made from"
+        )
+    if len(set(stored.get("layer_types") or [])) > 1:
+        raise CheckpointError(
+            f"{file}: expected one kind of layer; layer_types mixes windows. That is another architecture"
+        )
+    activation = stored.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise CheckpointError(f'{file}: expected hidden_act "silu"; got {activation!r}, which this decoder has not')
+    rope = stored.get("rope_scaling") or stored.get("rope_parameters") or {}  # transformers 5 moved it under the latter
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{file}: expected rotary settings in a JSON object; got {rope!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    part = rope.get("partial_rotary_factor", stored.get("partial_rotary_factor"))
+    if kind != "default" or part not in (None, 1):
+        raise CheckpointError(
+            f"{file}: expected rotary positions of type 'default' over whole heads; got type {kind!r}, share {part or 1}. "
+            "Scaled positions give wrong numbers here, so they are refused"
+        )
+    n_heads = _number(file, stored, "num_attention_heads", int)
+    return MistralConfig(
+        vocab_size=_number(file, stored, "vocab_size", int),
+        d_model=_number(file, stored, "hidden_size", int),
+        n_layers=_number(file, stored, "num_hidden_layers", int),
+        n_heads=n_heads,
+        n_kv_heads=_number(file, stored, "num_key_value_heads", int, absent=8, null=n_heads),
+        d_ff=_number(file, stored, "intermediate_size", int),
+        head_dim=_number(file, stored, "head_dim", int, absent=None, null=None),
+        window=_number(file, stored, "sliding_window", int, absent=4096, null=None),
+        rope_theta=_number(file, {"rope_theta": stored.get("rope_theta")} | rope, "rope_theta", float, null=10_000.0),
+        norm_eps=_number(file, stored, "rms_norm_eps", float, absent=1e-6),
+        tie_embeddings=_flag(file, stored, "tie_word_embeddings"),
+        name=file.parent.name or "mistral",
+    )
+
+
+def _config_from_native(file: Path, stored: dict) -> MistralConfig:
+    for key in ("moe", "quantization", "vision_encoder", "yarn", "lora", "q_lora_rank", "_sliding_window"):
+        if stored.get(key):
+            raise CheckpointError(f"{file}: has {key!r}, which this decoder has not: it is Mistral 7B's architecture")
+    window = _number(file, stored, "sliding_window", int, absent=None, null=None)
+    theta = 1e6 if window is None else 1e4  # the later models had no window and a slower rotation
+    return MistralConfig(
+        vocab_size=_number(file, stored, "vocab_size", int),
+        d_model=_number(file, stored, "dim", int),
+        n_layers=_number(file, stored, "n_layers", int),
+        n_heads=_number(file, stored, "n_heads", int),
+        n_kv_heads=_number(file, stored, "n_kv_heads", int),
+        d_ff=_number(file, stored, "hidden_dim", int),
+        head_dim=_number(file, stored, "head_dim", int, absent=None, null=None),
+        window=window,
+        rope_theta=_number(file, stored, "rope_theta", float, absent=theta, null=theta),
+        norm_eps=_number(file, stored, "norm_eps", float),
+        tie_embeddings=_flag(file, stored, "tied_embeddings"),
+        name=file.parent.name or "mistral",
+    )
+
+
+_REQUIRED = object()
+
+
+def _number(file: Path, stored: dict, key: str, kind: type, absent=_REQUIRED, null=_REQUIRED):
+    """``stored[key]`` as ``kind``, or what stands for it where the key is absent or null."""
+    value = stored.get(key)
+    if value is None:
+        value = null if key in stored else absent
+        if value is _REQUIRED:
+            raise CheckpointError(f"{file}: expected a number for {key!r}; it has none. Download the file again")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+        raise CheckpointError(f"{file}: expected a number for {key!r}; got {value!r}")
+    if kind is int and (value != int(value) or abs(value) > _SIZE_LIMIT):
+        raise CheckpointError(f"{file}: expected a whole number below {_SIZE_LIMIT:,} for {key!r}; got {value!r}")
+    return kind(value)
+
+
+def _flag(file: Path, stored: dict, key: str) -> bool:
+    value = stored.get(key) or False
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{file}: expected true or false for {key!r}; got {value!r}")
+    return value
+
+
+def _stored_tensors(folder: Path, layout: Layout) -> dict[str, _StoredTensor]:
+    """Every tensor of a checkpoint by the name it has on disk, from the headers of its files."""
+    index = None
+    if layout == "hf":
+        if (folder / _HF_FILE).exists():
+            files = [folder / _HF_FILE]
+        elif (folder / _HF_INDEX).exists():
+            files, index = _indexed_files(folder)
+        else:
+            files = []
+    else:
+        files = sorted(folder.glob("consolidated*.safetensors")) or sorted(folder.glob("consolidated*.pth"))
+    if not files:
+        wanted = f"{_HF_FILE} or {_HF_INDEX}" if layout == "hf" else f"{_NATIVE_FILE} or consolidated.00.pth"
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".gguf", ".pt", ".pth"))
+        hint = f"; it has {', '.join(others[:3])}, which attnlab does not read" if others else ""
+        raise CheckpointError(f"{folder}: expected weights in {wanted}; there are none{hint}. Download the model again")
+
+    stored: dict[str, _StoredTensor] = {}
+    for file in files:
+        for name, tensor in _header(file):
+            if name in stored:
+                raise CheckpointError(
+                    f"{file}: tensor {name} is in {stored[name].file.name} as well. Files that share names are the parts "
+                    "of a model cut for several GPUs; attnlab reads whole tensors. Give a checkpoint in one piece"
+                )
+            stored[name] = tensor
+    for name, tensor in stored.items():
+        if isinstance(tensor.dtype, str):
+            raise CheckpointError(
+                f"{tensor.file}: expected floating-point weights (float32, bfloat16 or float16); {name} is {tensor.dtype}. "
+                "Quantised weights are not read; give the folder they were made from"
+            )
+    if index is not None:
+        _check_index(folder / _HF_INDEX, index, stored)
+    return stored
+
+
+def _indexed_files(folder: Path) -> tuple[list[Path], dict]:
+    file = folder / _HF_INDEX
+    index = _read_json(file)
+    placed = index.get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(v, str) for v in placed.values()):
+        raise CheckpointError(f"{file}: expected weight_map, a file name for every tensor; got {type(placed).__name__}")
+    files = []
+    for name in sorted(set(placed.values())):  # names are checked, links followed: the hub's cache consists of links
+        if re.search(r"[/\\:\0]", name) or name in ("", ".", ".."):
+            raise CheckpointError(f"{file}: expected names of files beside it; {name!r} points outside the folder")
+        if not (folder / name).exists():
+            raise CheckpointError(
+                f"{folder / name}: this shard is missing; the index places {sum(v == name for v in placed.values())} "
+                "tensors in it. Download it again"
+            )
+        files.append(folder / name)
+    return files, index
+
+
+def _check_index(file: Path, index: dict, stored: dict[str, _StoredTensor]) -> None:
+    for name, shard in index["weight_map"].items():
+        if name not in stored or stored[name].file.name != shard:
+            found = f"it is in {stored[name].file.name}" if name in stored else "no file has it"
+            raise CheckpointError(
+                f"{file}: expected {name} in {shard}; {found}. Download the index and the shards again"
+            )
+    unlisted = [name for name in stored if name not in index["weight_map"]]
+    if unlisted:
+        file_name = stored[unlisted[0]].file.name
+        raise CheckpointError(f"{file}: does not list {unlisted[0]}, which is in {file_name}. Download both again")
+    metadata = index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    found = sum(tensor.nbytes for tensor in stored.values())
+    if total is not None and total != found:
+        raise CheckpointError(f"{file}: expected {total} bytes of weights (total_size); the shards hold {found}")
+
+
+def _open(file: Path) -> AbstractContextManager:
+    """A weight file, memory-mapped: safetensors' reader, or the dict of a .pth. Damage becomes CheckpointError."""
+    try:
+        if file.suffix != ".pth":
+            return safe_open(file, framework="pt")
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{file}: expected a whole weight file; got {_size(file)} that cannot be read as one ({first_line}). "
+            "It may be cut off: download it again"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise CheckpointError(f"{file}: expected a dict of tensors; got something else, so it is not a model's weights")
+    return nullcontext(content)
+
+
+def _size(file: Path) -> str:
+    return f"{file.stat().st_size:,} bytes" if file.exists() else "nothing"
+
+
+def _header(file: Path) -> list[tuple[str, _StoredTensor]]:
+    with _open(file) as content:
+        if file.suffix == ".pth":
+            known = _STORED_DTYPES.values()
+            found = [(n, t.shape, t.dtype if t.dtype in known else str(t.dtype)) for n, t in content.items()]
+        else:
+            slices = [(name, content.get_slice(name)) for name in content.keys()]  # noqa: SIM118
+            found = [(n, s.get_shape(), _STORED_DTYPES.get(s.get_dtype(), s.get_dtype())) for n, s in slices]
+    return [(name, _StoredTensor(file, tuple(shape), dtype)) for name, shape, dtype in found]
+
+
+def _main_dtype(stored: dict[str, _StoredTensor]) -> torch.dtype:
+    held: dict[torch.dtype, int] = {}
+    for tensor in stored.values():
+        held[tensor.dtype] = held.get(tensor.dtype, 0) + tensor.nbytes
+    dtype = max(held, key=held.get)
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    progress: bool = True,
+) -> Mistral:
+    """The model of a checkpoint folder, on ``device`` in ``dtype`` (None: as stored), in evaluation mode.
+
+    Everything is checked against the config from the files' headers before a byte of weights is read. Then each tensor
+    goes by itself from the mapped file to its place, so that memory beyond the weights is that of one tensor.
+
+    Raises:
+        CheckpointError: a tensor that is missing, too many, of another shape or not floating-point; a file that is
+            missing or cut off; an index that disagrees with its files or points outside the folder; a config that
+            ``read_config`` refuses. ConfigError: an unknown dtype or device. CapacityError: not enough memory.
+    """
+    folder = _existing(folder)
+    device = parse_device(device)
+    layout, config = _layout(folder), read_config(folder)
+    stored = _stored_tensors(folder, layout)
+    dtype = _main_dtype(stored) if dtype is None else parse_dtype(dtype)
+    if config.n_layers > len(stored):  # or a damaged config would have us build a million layers to say so
+        raise CheckpointError(
+            f"{folder}: expected {config.n_layers} layers; its files hold {len(stored)} tensors in all"
+        )
+    try:
+        with _ShapesOnly():
+            model = Mistral(config)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: no tensors can have the sizes its config gives: {error}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_embeddings:
+        del wanted["lm_head.weight"]
+    _check_tensors(folder, layout, config, wanted, stored)
+
+    from tqdm.auto import tqdm
+
+    total = sum(torch.Size(shape).numel() for shape in wanted.values()) * dtype.itemsize
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {config.name}", delay=2, disable=not progress)
+    with bar:
+        for name, shape in wanted.items():
+            try:
+                target = torch.empty(shape, dtype=dtype, device=device)
+                # The file is opened anew for each tensor: the pages read for it leave this process's memory with it.
+                stored_name = _stored_name(name, layout)
+                with _open(stored[stored_name].file) as content:
+                    tensor = content[stored_name] if isinstance(content, dict) else content.get_tensor(stored_name)
+                    heads = _permuted_heads(name, config)
+                    if layout == "mistral" and heads:
+                        tensor = interleaved_to_halves(tensor, heads)
+                    target.copy_(tensor)
+                    del tensor
+            except (RuntimeError, MemoryError) as error:  # torch's own for "out of memory" is a RuntimeError
+                raise CapacityError(
+                    f"the weights take {total / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, and {device} has no room "
+                    f"for them ({str(error).splitlines()[0]}). Free memory, use another device, or a 16-bit dtype"
+                ) from error
+            _set_parameter(model, name, target)
+            bar.update(target.nbytes)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed.weight
+    return model.eval()
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Modules made under it have matrices without memory (on the meta device), which nobody fills with random numbers.
+
+    Not ``torch.device("meta")``, which would also send small sums there; doing those imports torch's compiler: seconds.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.ones):
+            kwargs = kwargs | {"device": "meta"}
+        elif getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+
+
+def _stored_name(name: str, layout: Layout) -> str:
+    """``blocks.3.attention.q_proj.weight`` as ``model.layers.3.self_attn.q_proj.weight`` or ``layers.3.attention.wq.weight``."""
+    which = 0 if layout == "hf" else 1
+    if name in _NAMES:
+        return _NAMES[name][which]
+    _, layer, rest = name.split(".", 2)
+    return f"{('model.layers', 'layers')[which]}.{layer}.{_BLOCK_NAMES[rest][which]}"
+
+
+def _permuted_heads(name: str, config: MistralConfig) -> int | None:
+    """How many heads' rows the two layouts order differently in this tensor; None for those they agree on."""
+    if name.endswith("attention.q_proj.weight"):
+        return config.n_heads
+    return config.n_kv_heads if name.endswith("attention.k_proj.weight") else None
+
+
+def _check_tensors(
+    folder, layout: Layout, config: MistralConfig, wanted: dict, stored: dict[str, _StoredTensor]
+) -> None:
+    by_stored_name = {_stored_name(name, layout): shape for name, shape in wanted.items()}
+    missing = [name for name in by_stored_name if name not in stored]
+    if missing:
+        output = _NAMES["lm_head.weight"][0 if layout == "hf" else 1]
+        key = "tie_word_embeddings" if layout == "hf" else "tied_embeddings"
+        hint = f' If the model has one matrix for both, {CONFIG_FILES[layout]} must say "{key}": true.'
+        raise CheckpointError(
+            f"{folder}: expected {len(by_stored_name)} tensors; {_some(missing)} missing.{hint if missing == [output] else ''}"
+            " Download the model again"
+        )
+    tied = {_NAMES["lm_head.weight"][0 if layout == "hf" else 1]} if config.tie_embeddings else set()
+    extra = [n for n in stored if n not in by_stored_name and n not in tied and not _HARMLESS.fullmatch(n)]
+    if extra:
+        raise CheckpointError(
+            f"{stored[extra[0]].file}: expected {len(by_stored_name)} tensors for {config.n_layers} layers; {_some(extra)} "
+            f"too many. {CONFIG_FILES[layout]} may belong to another model"
+        )
+    for name, shape in by_stored_name.items():
+        if stored[name].shape != shape:
+            raise CheckpointError(
+                f"{stored[name].file}: expected {name} of shape {shape}; got {stored[name].shape}. "
+                f"{CONFIG_FILES[layout]} may belong to another model"
+            )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    rest = f" and {len(names) - 3} more are" if len(names) > 3 else (" are" if len(names) > 1 else " is")
+    return shown + rest
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    model: Mistral,
+    folder: str | Path,
+    layout: Layout = "hf",
+    max_shard_bytes: int = 5_000_000_000,
+    bos_id: int = 1,
+    eos_id: int = 2,
+) -> None:
+    """Write config and weights of ``model``, in its dtype, so that transformers (``"hf"``) or Mistral's code can read it.
+
+    Args:
+        max_shard_bytes: where ``"hf"`` starts another file; a tensor is never cut. Mistral's layout is always one file.
+        bos_id, eos_id: said in config.json, for programs that generate; the defaults are Mistral's own.
+
+    All is written into a folder beside and moved in when complete. In a folder that held a checkpoint of this layout, the old
+    config leaves first and the new one comes last: cut off between, it has none and is refused, not mixed.
+
+    Raises CapacityError for a full disk, CheckpointError for a folder that cannot be written or that holds the other layout
+    (readers would not know which to believe), ConfigError for an unknown layout.
+    """
+    if layout not in CONFIG_FILES:
+        raise ConfigError(f'layout must be "hf" or "mistral"; got {layout!r}')
+    if max_shard_bytes < 1:
+        raise ConfigError(f"max_shard_bytes must be 1 or more; got {max_shard_bytes}")
+    folder = Path(folder).expanduser().absolute()
+    other = CONFIG_FILES["mistral" if layout == "hf" else "hf"]
+    if (folder / other).exists():
+        raise CheckpointError(f"{folder}: holds {other}, a checkpoint of the other layout; give another folder")
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+        partial.mkdir(parents=True)
+        if layout == "hf":
+            _write_hf(model, partial, max_shard_bytes, bos_id, eos_id)
+        else:
+            _write_native(model, partial)
+        for file in partial.glob("*.safetensors"):  # which safetensors keeps to the owner alone
+            shutil.copymode(partial / CONFIG_FILES[layout], file)
+        _move_in(partial, folder, layout)
+    except (OSError, SafetensorError) as error:
+        if _disk_is_full(error):
+            raise CapacityError(
+                f"{folder}: the weights take {_model_bytes(model) / 1e9:.2f} GB and the disk is full. Nothing was left "
+                "half-written; free some space or give a folder on another disk"
+            ) from error
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(re.search(rf"(os error|code:) {code}\b", str(error)) for code in full)  # safetensors keeps only the text
+
+
+def _model_bytes(model: Mistral) -> int:
+    return sum(p.nbytes for p in model.parameters())  # a tied matrix counts once
+
+
+def _weights(model: Mistral) -> dict[str, Tensor]:
+    """What is written, under our names and still where the model has it. A tied output matrix is not written twice."""
+    weights = model.state_dict()
+    if model.config.tie_embeddings:
+        del weights["lm_head.weight"]
+    return weights
+
+
+def _write_hf(model: Mistral, folder: Path, max_shard_bytes: int, bos_id: int, eos_id: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in _weights(model).items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][_stored_name(name, "hf")] = tensor
+        size += tensor.nbytes
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = [_HF_FILE]
+    for file, shard in zip(files, shards, strict=True):
+        on_host = {name: tensor.cpu().contiguous() for name, tensor in shard.items()}
+        save_file(on_host, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        placed = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": _model_bytes(model)}, "weight_map": placed}
+        _write_json(folder / _HF_INDEX, index)
+    c = model.config
+    stored = {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "intermediate_size": c.d_ff,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,  # where transformers before 5 looks
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "sliding_window": c.window,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": c.tie_embeddings,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": str(model.dtype).removeprefix("torch."),
+    }
+    _write_json(folder / "config.json", stored)
+
+
+def _write_native(model: Mistral, folder: Path) -> None:
+    c = model.config
+    tensors = {}
+    for name, tensor in _weights(model).items():
+        heads = _permuted_heads(name, c)
+        tensor = tensor.cpu()
+        tensor = halves_to_interleaved(tensor, heads) if heads else tensor
+        tensors[_stored_name(name, "mistral")] = tensor.contiguous()
+    save_file(tensors, folder / _NATIVE_FILE)
+    stored = {
+        "dim": c.d_model,
+        "n_layers": c.n_layers,
+        "head_dim": c.head_dim,
+        "hidden_dim": c.d_ff,
+        "n_heads": c.n_heads,
+        "n_kv_heads": c.n_kv_heads,
+        "norm_eps": c.norm_eps,
+        "vocab_size": c.vocab_size,
+        "rope_theta": c.rope_theta,  # always said, so that no reader has to guess
+    }
+    if c.window is not None:
+        stored["sliding_window"] = c.window
+    if c.tie_embeddings:
+        stored["tied_embeddings"] = True
+    _write_json(folder / "params.json", stored)
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_in(partial: Path, folder: Path, layout: Layout) -> None:
+    if not folder.exists():
+        os.replace(partial, folder)
+        return
+    config = CONFIG_FILES[layout]
+    patterns = (_HF_FILE, _HF_INDEX, "model-*-of-*.safetensors") if layout == "hf" else ("consolidated*",)
+    (folder / config).unlink(missing_ok=True)
+    for pattern in patterns:
+        for old in folder.glob(pattern):
+            old.unlink()
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == config):
+        os.replace(file, folder / file.name)

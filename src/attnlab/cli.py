@@ -1,0 +1,360 @@
+"""The command line: ``attnlab doctor``, ``attnlab generate``, ``attnlab memory``.
+
+What a command prints goes to stdout; progress, notes and errors go to stderr. Exit codes: 0 done, 1 failed, 2 wrong input,
+130 interrupted. Heavy imports wait until a command needs them, so that ``--help`` is quick.
+"""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnlab.errors import AttnlabError, ConfigError, InputError, ShapeError
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ESSENTIAL = ("torch", "numpy", "einops", "jaxtyping", "safetensors", "tokenizers")
+FOR = {  # what is missing without it
+    "mistral-common": "the tokenizers of Mistral's own models",
+    "transformers": "recording attention of other models, comparing with the reference",
+    "huggingface_hub": "downloading models by name",
+    "matplotlib": "figures",
+    "seaborn": "heat maps",
+    "ipywidgets": "knobs in notebooks",
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """What the ``attnlab`` command runs: ends the process with its exit code."""
+    sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def run(args: list[str]) -> int:
+    """Run a command; its exit code. Errors that attnlab raises on purpose, and wrong usage, are one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    try:
+        code = app(args, prog_name="attnlab", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except AttnlabError as error:
+        _say(f"attnlab: {error}")
+        return 2 if isinstance(error, InputError | ConfigError | ShapeError) else 1
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:  # the reader has gone, as `| head` does when it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor let the last flush complain
+        return 1
+    except OSError as error:
+        _say(f"attnlab: {error}")
+        return 1
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own, and typer's copy of them, for wrong usage
+            raise
+        asked = getattr(getattr(error, "ctx", None), "command_path", "attnlab")
+        _say(f"attnlab: {error.format_message().rstrip('.')}; try {asked} --help")
+        return error.exit_code
+
+
+def _say(line: str) -> None:
+    """One line on stderr."""
+    print(" ".join(line.split()), file=sys.stderr)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"attnlab {version('attnlab')}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def attnlab(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Attention, from the dot product to Mistral 7B: run a model, count its memory, see what this machine can do.
+
+    \b
+    Start with
+      attnlab doctor                       is everything here?
+      attnlab generate "def"               the model that ships with attnlab writes Python
+      attnlab memory mistral-7b-v0.1 llama-2-7b --context 32768 --batch 8
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command(short_help="Go on from a prompt.")
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="Text to go on from; - or nothing reads stdin.")] = None,
+    model: Annotated[str, typer.Option(help='"companion", a folder, or a hub id.')] = "companion",
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token; higher: more varied.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability together.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not wrap the prompt in an instruct model's template.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best one here if not given.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; what suits the device if not given.")
+    ] = None,
+) -> None:
+    """Go on from a prompt, streaming the text as it comes.
+
+    \b
+    Examples
+      attnlab generate "def"
+      attnlab generate "class Stack:" --max-new-tokens 200 --temperature 0.7 --seed 1
+      attnlab generate "Why is the sky blue?" --model mistralai/Mistral-7B-Instruct-v0.3
+      cat start.py | attnlab generate -
+
+    A prompt should not end with a space: to the model a space belongs to the word that follows, so after "def " it has
+    nothing likely left to say, and after "def" it has.
+    """
+    text = _read_prompt(prompt)
+    import attnlab
+
+    lm = attnlab.load(model, device=device, dtype=dtype)
+    chat = lm.tokenizer.is_instruct and not raw
+    if text != text.rstrip(" ") and not chat:
+        _say('note: the prompt ends with a space, after which models continue badly; "def" works better than "def "')
+    pieces = attnlab.stream(lm, text, max_new_tokens, temperature, top_p, seed, raw)
+    last = ""
+    with _waiting("reading the prompt"):
+        first = next(pieces, "")
+    if sys.stdout.isatty() and not chat:
+        typer.secho(text, dim=True, nl=False)  # so that it reads as one text; a pipe gets only what is new
+    for piece in itertools.chain([first], pieces):
+        print(piece, end="", flush=True)
+        last = piece or last
+    if not last.endswith("\n"):
+        print()
+
+
+def _read_prompt(prompt: str | None) -> str:
+    """The argument, or stdin without the line end that echo and editors put there."""
+    if prompt is None and sys.stdin.isatty():
+        raise InputError('no prompt came: attnlab generate "def", or pipe one in')
+    if prompt not in (None, "-"):
+        return prompt
+    data = sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}") from error
+    return text.replace("\r\n", "\n").removesuffix("\n")
+
+
+@app.command(short_help="What models take, side by side.")
+def memory(
+    names: Annotated[list[str], typer.Argument(help='Models by name, "companion", or checkpoint folders.')],
+    context: Annotated[int, typer.Option(help="Tokens behind each row of the batch.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    device_gb: Annotated[
+        float | None, typer.Option(help="Memory of a device in GB (10^9 bytes): what fits on it?")
+    ] = None,
+) -> None:
+    """What models take: weights, cache a token, cache as a whole, bytes read a step. Side by side, exact, nothing loaded.
+
+    \b
+    Examples
+      attnlab memory mistral-7b-v0.1 llama-2-7b --context 32768 --batch 8
+      attnlab memory mistral-7b-v0.3 --context 8192 --device-gb 24
+      attnlab memory path/to/checkpoint
+    """
+    from attnlab import memory as accounts
+
+    models = [_model_shape(name) for name in names]
+    rows = accounts.compare(models, context, batch, dtype)
+    size = accounts.human_bytes
+
+    def known(row: dict, key: str) -> str:
+        return "not counted" if row[key] is None else size(row[key])
+
+    lines = {
+        "attention": [row["kind"] for row in rows],
+        "  heads / K/V heads": [f"{row['n_heads']} / {row['n_kv_heads']}" for row in rows],
+        "window": [_windows(row["windows"]) for row in rows],
+        "weights": [known(row, "weight_bytes") for row in rows],
+        "cache, a token": [size(row["kv_bytes_per_token"]) for row in rows],
+        "  of multi-head's": [f"1/{row['vs_multi_head']:.3g}" if row["vs_multi_head"] != 1 else "all" for row in rows],
+        f"cache, {batch} × {context:,}": [size(row["cache_bytes"]) for row in rows],
+        "read a step": [known(row, "bytes_per_step") for row in rows],
+    }
+    if device_gb is not None:
+        most, answers = [], []
+        for model, row in zip(models, rows, strict=True):
+            if row["weight_bytes"] is None:
+                most.append("not counted")
+                answers.append("not counted")
+                continue
+            most.append(f"{accounts.largest_batch(model, device_gb * 1e9, context, dtype):,}")
+            answers.append("yes" if accounts.fits(model, device_gb * 1e9, context, batch, dtype) else "no")
+        lines[f"fits {device_gb:g} GB"] = answers
+        lines["  largest batch"] = most
+    _table(f"{dtype}, {batch} × {context:,} tokens", [row["model"] for row in rows], lines)
+    for row in rows:
+        if row["beyond_max_context"]:
+            print(f"{row['model']} was made for fewer than {context:,} tokens: arithmetic only")
+
+
+def _model_shape(name: str):
+    """A preset's name, or the config of a folder."""
+    from attnlab import memory as accounts
+    from attnlab.checkpoint import read_config
+
+    if name.lower() in accounts.SHAPES:
+        return name
+    folder = Path(__file__).parent / "companion" if name == "companion" else Path(name).expanduser()
+    if folder.is_dir():
+        return read_config(folder).replace(name=name if name == "companion" else folder.resolve().name)
+    return accounts.as_shape(name)  # which knows near names
+
+
+def _windows(windows: tuple[int | None, ...]) -> str:
+    kinds = set(windows)
+    if kinds == {None}:
+        return "none"
+    if len(kinds) == 1:
+        return f"{windows[0]:,}"
+    limited = [window for window in windows if window is not None]
+    return f"{', '.join(f'{window:,}' for window in sorted(set(limited)))} in {len(limited)} of {len(windows)}"
+
+
+def _table(title: str, columns: list[str], lines: dict[str, list[str]]) -> None:
+    """Side by side in a terminal; in a pipe as wide as it must be, so that nothing is cut."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
+    for name, cells in lines.items():
+        table.add_row(name, *cells)
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+
+
+@app.command(short_help="Check this machine.")
+def doctor() -> None:
+    """Check this machine: versions, processor, memory, GPU, the model that ships, and which models would fit.
+
+    Ends with 0 if everything essential works, with 1 if not, saying what to do.
+    """
+    to_do: list[str] = []
+    for heading, check in (
+        ("software", _software),
+        ("machine", _machine),
+        ("companion", _companion),
+        ("what fits", _fit),
+    ):
+        print(heading)
+        for what, finding in check(to_do):
+            print(f"  {what:<17} {finding}", flush=True)
+    if to_do:
+        print("to do")
+        for line in to_do:
+            print(f"  {line}")
+        raise typer.Exit(1)
+    print("Everything essential works.")
+
+
+def _software(to_do: list[str]):
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in ("attnlab", *ESSENTIAL, *FOR):
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            if package in FOR:
+                yield package, f"not here: no {FOR[package]}. pip install {package}"
+            else:
+                yield package, "not here"
+                to_do.append(f"pip install {package}")
+
+
+def _machine(to_do: list[str]):
+    import torch
+
+    from attnlab.loading import free_bytes
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield "processor", f"{_processor()}; {cores} of {os.cpu_count()} cores for us, torch uses {torch.get_num_threads()}"
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    yield "memory", f"{total / 1e9:.1f} GB, {free_bytes('cpu') / 1e9:.1f} GB free"
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        free = free_bytes(f"cuda:{i}")
+        with torch.cuda.device(i):
+            computes = torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = "computes in bfloat16" if computes else "no bfloat16: use float16"
+        yield f"GPU cuda:{i}", f"{gpu.name}, {gpu.total_memory / 1e9:.1f} GB, {free / 1e9:.1f} GB free, {bf16}"
+    if torch.backends.mps.is_available():
+        yield "GPU mps", "Apple's, shares the memory above"
+    elif not torch.cuda.is_available():
+        built = "torch sees none" if torch.version.cuda else "this torch was built without CUDA"
+        yield "GPU", f"none ({built}): everything in the book runs on the CPU, Mistral 7B slowly"
+
+
+def _processor() -> str:
+    import platform
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _companion(to_do: list[str]):
+    import attnlab
+
+    try:
+        with _waiting("loading the companion"):
+            lm = attnlab.load("companion", progress=False)
+            text = attnlab.generate(lm, "def", max_new_tokens=8)
+    except AttnlabError as error:
+        yield "fails", " ".join(str(error).split())
+        to_do.append("install attnlab again: pip install --force-reinstall --no-deps attnlab")
+        return
+    yield "loads", repr(lm)
+    yield "generates", repr("def" + text)
+
+
+def _fit(to_do: list[str]):
+    import torch
+
+    from attnlab import memory as accounts
+    from attnlab.loading import free_bytes
+
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    free = free_bytes(device)
+    for dtype, called in (("float32", "float32"), ("bfloat16", "bfloat16, float16")):
+        fit = accounts.fits("mistral-7b-v0.1", free, context=4096, dtype=dtype)
+        answer = "fits" if fit else "does not fit"
+        sums = f"{accounts.human_bytes(fit.total)} of {accounts.human_bytes(free)} free"
+        yield "Mistral 7B", f"{answer} on {device} in {called} with 4,096 tokens: {sums}"
+
+
+def _waiting(what: str):
+    """A line that moves while nothing else does, in a terminal only."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(f"{what} …")

@@ -1,0 +1,503 @@
+"""The accounts: what a model's weights and its past cost in bytes, and so how fast it can decode at best.
+
+Everything here is arithmetic on a model's shape, in exact whole bytes; nothing is measured and no model is made. A model is
+given as a ``MistralConfig``, as a ``ModelShape``, or by the name of one in ``SHAPES``.
+
+Per token and layer a cache holds one key and one value for each key/value head::
+
+    2 · n_kv_heads · head_dim elements, or latent_dim of them for latent attention (DeepSeek-V2, arXiv 2405.04434)
+
+and a decoded token reads every weight and every cached key and value once (Shazeer 2019, arXiv 1911.02150), which no
+machine does faster than its memory allows.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+
+from attnlab.attention import check_window
+from attnlab.errors import ConfigError
+from attnlab.layers import check_heads
+from attnlab.mistral import PRESETS, MistralConfig
+
+BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Where linear weights are quantized: bits a weight, and weights that share a scale (None: a whole row of the matrix). Each
+# scale is one element of the compute dtype; int4 stores an offset of the same size with it.
+QUANTIZED = {"int8": (8, None, 1), "int4": (4, 32, 2)}
+RESERVE_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How many parameters a model has, apart by what a decoding step does with them.
+
+    Args:
+        linear: elements of the matrices every token is multiplied with, the output matrix among them.
+        linear_rows: rows of all those matrices together (an int8 matrix has a scale for each).
+        embedding: elements of a matrix that is only looked up: a token reads one row, which the accounts leave out.
+        other: read at every step and never quantized: norms, and a matrix that is both embedding and output.
+    """
+
+    linear: int
+    linear_rows: int
+    embedding: int = 0
+    other: int = 0
+
+    @property
+    def n_params(self) -> int:
+        return self.linear + self.embedding + self.other
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the accounts need to know of a model, of any family.
+
+    Args:
+        n_heads, n_kv_heads, head_dim: of one layer; all layers alike.
+        windows: how many keys a query sees, its own included: one number (or None: all) for every layer, or one each.
+        latent_dim: elements cached per token and layer in place of keys and values (latent attention).
+        weights: None where the parameters were not counted; the accounts of weights then raise ConfigError.
+        max_context: tokens the model was made for; None: not stated. The accounts go on beyond it, as arithmetic.
+        source: where the numbers come from.
+
+    Raises ConfigError for sizes below 1, heads that do not divide, or windows that are not one a layer.
+    """
+
+    name: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    windows: int | tuple[int | None, ...] | None = None
+    latent_dim: int | None = None
+    weights: Weights | None = None
+    max_context: int | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("n_layers", "head_dim", "latent_dim", "max_context"):
+            size = getattr(self, field)
+            if size is None and field in ("latent_dim", "max_context"):
+                continue
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ConfigError(f"{self.name}: {field} must be a whole number of 1 or more; got {size!r}")
+        check_heads(self.n_heads, self.n_kv_heads)
+        windows = self.windows if isinstance(self.windows, tuple) else (self.windows,) * self.n_layers
+        if len(windows) != self.n_layers:
+            raise ConfigError(f"{self.name}: {self.n_layers} layers need as many windows; got {len(windows)}")
+        for window in windows:
+            check_window(window)
+        object.__setattr__(self, "windows", windows)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def kind(self) -> str:
+        """The style of attention, as ``n_kv_heads`` decides it (or a latent)."""
+        if self.latent_dim is not None:
+            return "latent"
+        if self.n_kv_heads == self.n_heads:
+            return "multi-head"
+        return "multi-query" if self.n_kv_heads == 1 else "grouped-query"
+
+    @property
+    def elements_per_token(self) -> int:
+        """Elements one layer caches for one token."""
+        return 2 * self.n_kv_heads * self.head_dim if self.latent_dim is None else self.latent_dim
+
+    @classmethod
+    def from_config(cls, config: MistralConfig, **changes) -> "ModelShape":
+        """The shape of a Mistral decoder, with its parameters counted as ``Mistral(config)`` makes them."""
+        c = config
+        queries, keys = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        linear = c.n_layers * (c.d_model * (2 * queries + 2 * keys) + 3 * c.d_model * c.d_ff)
+        rows = c.n_layers * (queries + 2 * keys + c.d_model + 2 * c.d_ff + c.d_model)
+        vocabulary, norms = c.vocab_size * c.d_model, (2 * c.n_layers + 1) * c.d_model
+        if c.tie_embeddings:
+            weights = Weights(linear, rows, other=norms + vocabulary)
+        else:
+            weights = Weights(linear + vocabulary, rows + c.vocab_size, embedding=vocabulary, other=norms)
+        shape = {
+            "name": c.name, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads,
+            "head_dim": c.head_dim, "windows": c.window, "weights": weights, "source": "MistralConfig",
+        }  # fmt: skip
+        return cls(**(shape | changes))
+
+
+_LITGPT = "Lightning-AI/litgpt litgpt/config.py @2685705 line "
+_DEEPSEEK = "deepseek-ai/DeepSeek-V3 inference/configs; arXiv 2405.04434"
+
+
+def _alternating(n_layers: int, window: int) -> tuple[int | None, ...]:
+    """Gemma 2: a window on layers 0, 2, 4 …, none on the others."""
+    return tuple(window if layer % 2 == 0 else None for layer in range(n_layers))
+
+
+# Llama 2 7B is the same decoder with other numbers, so its parameters are counted the same way.
+_LLAMA_2_7B = MistralConfig(
+    vocab_size=32_000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, d_ff=11_008, name="llama-2-7b"
+)  # fmt: skip
+
+SHAPES: dict[str, ModelShape] = {
+    shape.name: shape
+    for shape in (
+        ModelShape("gpt-2", 12, 12, 12, 64, max_context=1024, source="karpathy/nanoGPT model.py line 217"),
+        ModelShape.from_config(_LLAMA_2_7B, max_context=4096, source=_LITGPT + "698"),
+        ModelShape("llama-2-13b", 40, 40, 40, 128, max_context=4096, source=_LITGPT + "712"),
+        ModelShape("llama-2-70b", 80, 64, 8, 128, max_context=4096, source=_LITGPT + "728"),
+        ModelShape("llama-3-8b", 32, 32, 8, 128, max_context=8192, source=_LITGPT + "758"),
+        ModelShape.from_config(PRESETS["mistral-7b-v0.1"], max_context=32_768, source="arXiv 2310.06825, table 1"),
+        ModelShape.from_config(PRESETS["mistral-7b-v0.2"], max_context=32_768, source=_LITGPT + "2076"),
+        ModelShape.from_config(PRESETS["mistral-7b-v0.3"], max_context=32_768, source=_LITGPT + "2095"),
+        ModelShape("mixtral-8x7b", 32, 32, 8, 128, max_context=32_768, source=_LITGPT + "2009"),
+        ModelShape("falcon-7b", 32, 71, 1, 64, max_context=2048, source=_LITGPT + "487"),
+        ModelShape("falcon-40b", 60, 128, 8, 64, max_context=2048, source=_LITGPT + "503"),
+        ModelShape("gemma-2b", 18, 8, 1, 256, max_context=8192, source=_LITGPT + "1073"),
+        ModelShape("gemma-7b", 28, 16, 16, 256, max_context=8192, source=_LITGPT + "1092"),
+        ModelShape("gemma-2-2b", 26, 8, 4, 256, _alternating(26, 4096), source=_LITGPT + "1111"),
+        ModelShape("gemma-2-9b", 42, 16, 8, 256, _alternating(42, 4096), source=_LITGPT + "1139"),
+        ModelShape("gemma-2-27b", 46, 32, 16, 128, _alternating(46, 4096), source=_LITGPT + "1167"),
+        ModelShape("qwen2.5-7b", 28, 28, 4, 128, max_context=131_072, source=_LITGPT + "2327"),
+        ModelShape("phi-3-mini-4k", 32, 32, 32, 96, 2048, max_context=4096, source=_LITGPT + "1817"),
+        ModelShape("starcoder-15b", 40, 48, 1, 128, max_context=8192, source="bigcode/starcoder config.json"),
+        ModelShape("palm-540b", 118, 48, 1, 256, max_context=2048, source="arXiv 2204.02311, table 1"),
+        ModelShape("deepseek-v2", 60, 128, 128, 128, latent_dim=512 + 64, source=_DEEPSEEK),
+        ModelShape("deepseek-v3", 61, 128, 128, 128, latent_dim=512 + 64, source=_DEEPSEEK),
+    )
+}
+
+Model = MistralConfig | ModelShape | str
+
+
+def as_shape(model: Model) -> ModelShape:
+    """The shape of a config, of a shape, or of a name in ``SHAPES``. Raises ConfigError, with near names, for another."""
+    if isinstance(model, ModelShape):
+        return model
+    if isinstance(model, MistralConfig):
+        return ModelShape.from_config(model)
+    if isinstance(model, str) and model.lower() in SHAPES:
+        return SHAPES[model.lower()]
+    if isinstance(model, str):
+        begin_so = [name for name in SHAPES if model and name.startswith(model.lower())]
+        near = begin_so or difflib.get_close_matches(model.lower(), SHAPES, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(SHAPES)}"
+        raise ConfigError(f"no model shape is called {model!r}; {hint}")
+    raise ConfigError(f"expected a MistralConfig, a ModelShape or a name; got {type(model).__name__}")
+
+
+def n_params(model: Model) -> int:
+    """How many parameters the model has; a matrix shared by embedding and output counts once."""
+    return _weights(as_shape(model)).n_params
+
+
+def weight_bytes(model: Model, dtype: str | torch.dtype = "bfloat16", quantize: str | None = None) -> int:
+    """Bytes of the weights, in ``dtype``, with the linear ones stored in ``quantize`` if it is given.
+
+    What quantizing is taken to cost: "int8" one byte a weight and a scale a row; "int4" half a byte a weight, and a scale
+    and an offset for every 32. Scales and offsets are in ``dtype``, as are embedding and norms.
+    """
+    weights, size = _weights(as_shape(model)), element_bytes(dtype)
+    return (weights.embedding + weights.other) * size + _linear_bytes(weights, size, quantize)
+
+
+def kv_bytes_per_token(model: Model, dtype: str | torch.dtype = "float16") -> int:
+    """Bytes that one more token adds to the cache, as long as no layer's window is full.
+
+    >>> kv_bytes_per_token("llama-2-7b") // kv_bytes_per_token("mistral-7b-v0.1")
+    4
+    """
+    shape = as_shape(model)
+    return shape.n_layers * shape.elements_per_token * element_bytes(dtype)
+
+
+def kv_cache_bytes(
+    model: Model, context: int, batch: int = 1, dtype: str | torch.dtype = "float16", *, rolling: bool = True
+) -> int:
+    """Bytes of the cache for ``batch`` rows of ``context`` tokens: the ``nbytes`` of ``model.new_cache(batch, context)``.
+
+    A layer with a window keeps no more than the window; ``rolling=False`` keeps everything and only masks.
+
+    >>> kv_cache_bytes("mistral-7b-v0.1", 32_768) * 8 == kv_cache_bytes("mistral-7b-v0.2", 32_768) == 4 * 2**30
+    True
+    """
+    shape = as_shape(model)
+    _check_count("context", context)
+    _check_count("batch", batch)
+    slots = sum(min(context, window) if rolling and window else context for window in shape.windows)
+    return batch * slots * shape.elements_per_token * element_bytes(dtype)
+
+
+def eager_map_bytes(
+    model: Model,
+    context: int,
+    batch: int = 1,
+    dtype: str | torch.dtype = "float16",
+    *,
+    layers: int | None = None,
+    softmax: bool = True,
+) -> int:
+    """Bytes of attention weights where they are really made (``return_weights=True``), for a prefill of ``context`` tokens.
+
+    Counted: the weights in ``dtype`` of ``layers`` layers that are kept (None: of all), B · H · T² elements each; and with
+    ``softmax``, the float32 result of the softmax that the last of them is copied from (in float32 there is no copy).
+    Not counted: scores and masks on the way there, so this is a lower bound of the peak.
+
+    >>> eager_map_bytes("mistral-7b-v0.1", 4096, softmax=False) == 32 * 2**30
+    True
+    """
+    shape, size = as_shape(model), element_bytes(dtype)
+    _check_count("context", context)
+    _check_count("batch", batch)
+    layers = shape.n_layers if layers is None else layers
+    if not 1 <= layers <= shape.n_layers:
+        raise ConfigError(f"{shape.name} has layers 1 to {shape.n_layers} to keep the maps of; got {layers}")
+    elements = batch * shape.n_heads * context * context
+    return elements * (layers * size + (4 if softmax and size < 4 else 0))
+
+
+def bytes_per_step(
+    model: Model, context: int, batch: int = 1, dtype: str | torch.dtype = "bfloat16", quantize: str | None = None
+) -> int:
+    """Bytes read to decode one token for each of ``batch`` rows that have ``context`` tokens behind them (0: none yet).
+
+    All weights but the embedding's rows, once for the whole batch, and every row's cache. One row of the embedding, some
+    kilobytes, is left out. A matrix that is also the output is read in full.
+
+    >>> bytes_per_step("mistral-7b-v0.2", 1000) == 14_221_320_192 + 131_072 * 1000
+    True
+    """
+    shape, size = as_shape(model), element_bytes(dtype)
+    weights = _weights(shape)
+    _check_count("batch", batch)
+    cache = kv_cache_bytes(shape, context, batch, dtype) if context else 0
+    return weights.other * size + _linear_bytes(weights, size, quantize) + cache
+
+
+def decode_ceiling(
+    model: Model,
+    bandwidth: float,
+    context: int,
+    batch: int = 1,
+    dtype: str | torch.dtype = "bfloat16",
+    quantize: str | None = None,
+) -> float:
+    """Tokens a second, all rows together, that memory of ``bandwidth`` bytes a second allows at most."""
+    if not bandwidth > 0:
+        raise ConfigError(f"bandwidth is in bytes a second and positive, such as 3.35e12; got {bandwidth}")
+    return batch * bandwidth / bytes_per_step(model, context, batch, dtype, quantize)
+
+
+def reserve_bytes(used: int) -> int:
+    """What to leave free beside weights and cache for activations, the runtime and fragmentation: a tenth, at most 2 GB.
+
+    An assumption, not a measurement; every function that uses it takes another as ``reserve``.
+    """
+    return min(RESERVE_BYTES, used // 10)
+
+
+def largest_batch(
+    model: Model,
+    device_bytes: float,
+    context: int,
+    dtype: str | torch.dtype = "bfloat16",
+    quantize: str | None = None,
+    reserve: int | None = None,
+) -> int:
+    """How many rows of ``context`` tokens fit beside the weights on a device of ``device_bytes``; 0 if none does."""
+    free = _usable(_device(device_bytes), reserve) - weight_bytes(model, dtype, quantize)
+    return max(0, free // kv_cache_bytes(model, context, 1, dtype))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The answer of ``fits``: true if it does, and the sum when printed. All amounts in bytes."""
+
+    model: str
+    setting: str  # what was asked, in words
+    device: int
+    weights: int
+    cache: int
+    reserve: int
+    advice: tuple[str, ...] = ()  # what would help; empty if it fits
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.reserve
+
+    @property
+    def spare(self) -> int:
+        """What is left of the device; below 0: what is missing."""
+        return self.device - self.total
+
+    def __bool__(self) -> bool:
+        return self.spare >= 0
+
+    def __str__(self) -> str:
+        sums = [
+            ("weights", self.weights),
+            ("cache", self.cache),
+            ("reserve (activations, runtime)", self.reserve),
+            ("together", self.total),
+            ("device", self.device),
+            ("spare" if self else "missing", abs(self.spare)),
+        ]
+        lines = [f"{self.model}, {self.setting}: {'fits' if self else 'does not fit'}"]
+        lines += [f"  {what:<31}{human_bytes(amount):>11}" for what, amount in sums]
+        if self.advice:
+            lines += ["what would help:", *(f"  {line}" for line in self.advice)]
+        return "\n".join(lines)
+
+
+def fits(
+    model: Model,
+    device_bytes: float,
+    context: int = 4096,
+    batch: int = 1,
+    dtype: str | torch.dtype = "bfloat16",
+    quantize: str | None = None,
+    reserve: int | None = None,
+) -> Fit:
+    """Whether weights, cache and a reserve fit on a device. Usable as a truth value; ``print`` it for the sum.
+
+    >>> bool(fits("mistral-7b-v0.1", 16e9, context=8192)), bool(fits("mistral-7b-v0.1", 16e9, 8192, quantize="int8"))
+    (False, True)
+    """
+    shape, device = as_shape(model), _device(device_bytes)
+    weights = weight_bytes(shape, dtype, quantize)
+    cache = kv_cache_bytes(shape, context, batch, dtype)
+    kept_free = reserve_bytes(weights + cache) if reserve is None else reserve
+    stored = _dtype_name(dtype) + (f" with {quantize} weights" if quantize else "")
+    setting = f"{batch} × {context:,} tokens in {stored}"
+    advice = ()
+    if weights + cache + kept_free > device:
+        advice = (
+            *_what_would_help(shape, device, context, batch, dtype, quantize, reserve),
+            f"a device of {human_bytes(weights + cache + kept_free)}",
+        )
+    return Fit(shape.name, setting, device, weights, cache, kept_free, advice)
+
+
+def compare(
+    models: list[Model], context: int = 4096, batch: int = 1, dtype: str | torch.dtype = "bfloat16"
+) -> list[dict]:
+    """One row a model, for tables and figures; bytes are exact, and None where the parameters are not known.
+
+    ``vs_multi_head`` is how many times smaller a token's share of the cache is than with a K/V head for each query head.
+    """
+    rows = []
+    for model in models:
+        shape = as_shape(model)
+        known = shape.weights is not None
+        rows.append(
+            {
+                "model": shape.name,
+                "kind": shape.kind,
+                "n_layers": shape.n_layers,
+                "n_heads": shape.n_heads,
+                "n_kv_heads": shape.n_kv_heads,
+                "head_dim": shape.head_dim,
+                "windows": shape.windows,
+                "kv_bytes_per_token": kv_bytes_per_token(shape, dtype),
+                "vs_multi_head": 2 * shape.n_heads * shape.head_dim / shape.elements_per_token,
+                "cache_bytes": kv_cache_bytes(shape, context, batch, dtype),
+                "weight_bytes": weight_bytes(shape, dtype) if known else None,
+                "bytes_per_step": bytes_per_step(shape, context, batch, dtype) if known else None,
+                "beyond_max_context": shape.max_context is not None and context > shape.max_context,
+                "source": shape.source,
+            }
+        )
+    return rows
+
+
+def human_bytes(amount: int | float) -> str:
+    """Bytes in the largest binary unit that leaves a number of 1 or more: ``13.49 GiB``.
+
+    >>> human_bytes(131_072), human_bytes(14_483_464_192), human_bytes(7)
+    ('128.00 KiB', '13.49 GiB', '7 B')
+    """
+    if abs(amount) < 1024:
+        return f"{amount:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        amount /= 1024
+        if abs(amount) < 1024:
+            return f"{amount:.2f} {unit}"
+    return f"{amount / 1024:,.2f} TiB"
+
+
+def element_bytes(dtype: str | torch.dtype) -> int:
+    """Bytes an element takes. Raises ConfigError for a dtype the accounts do not know."""
+    return BYTES_PER_ELEMENT[_dtype_name(dtype)]
+
+
+def _dtype_name(dtype: str | torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in BYTES_PER_ELEMENT:
+        raise ConfigError(f"unknown dtype {name!r}; there are {', '.join(BYTES_PER_ELEMENT)}")
+    return name
+
+
+def _linear_bytes(weights: Weights, size: int, quantize: str | None) -> int:
+    if quantize is None:
+        return weights.linear * size
+    if quantize not in QUANTIZED:
+        raise ConfigError(f"quantize is None, {' or '.join(map(repr, QUANTIZED))}; got {quantize!r}")
+    bits, sharing, per_scale = QUANTIZED[quantize]
+    scales = weights.linear_rows if sharing is None else weights.linear // sharing
+    return weights.linear * bits // 8 + scales * per_scale * size
+
+
+def _what_would_help(shape, device, context, batch, dtype, quantize, reserve):
+    """Changes to what was asked, each of which is enough by itself."""
+    usable = _usable(device, reserve)
+    weights, cache = weight_bytes(shape, dtype, quantize), kv_cache_bytes(shape, context, batch, dtype)
+    for smaller in QUANTIZED:
+        fewer = weight_bytes(shape, dtype, smaller)
+        if fewer < weights and fewer + cache <= usable:
+            yield f'quantize="{smaller}": the weights take {human_bytes(fewer)} instead of {human_bytes(weights)}'
+            break
+    rows = largest_batch(shape, device, context, dtype, quantize, reserve)
+    if 0 < rows < batch:
+        yield f"a batch of {rows} instead of {batch}"
+    if kv_cache_bytes(shape, 1, batch, dtype) <= usable - weights:
+        shorter, too_long = 1, context
+        while too_long - shorter > 1:
+            middle = (shorter + too_long) // 2
+            if kv_cache_bytes(shape, middle, batch, dtype) <= usable - weights:
+                shorter = middle
+            else:
+                too_long = middle
+        yield f"a context of {shorter:,} tokens instead of {context:,}"
+
+
+def _usable(device: int, reserve: int | None) -> int:
+    """The most that weights and cache may take together, so that the reserve still fits beside them."""
+    if reserve is not None:
+        return device - reserve
+    return max(
+        device - RESERVE_BYTES, device // 11 * 10 + min(9, device % 11)
+    )  # the latter: used + used // 10 = device
+
+
+def _weights(shape: ModelShape) -> Weights:
+    if shape.weights is None:
+        known = [name for name, other in SHAPES.items() if other.weights is not None]
+        raise ConfigError(
+            f"the parameters of {shape.name} are not counted here, only its cache; "
+            f"weights are known for a MistralConfig and for {', '.join(known)}"
+        )
+    return shape.weights
+
+
+def _device(device_bytes: float) -> int:
+    if not device_bytes > 0:
+        raise ConfigError(f"device_bytes is the memory of the device in bytes, such as 16e9; got {device_bytes}")
+    return int(device_bytes)
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of 1 or more; got {value!r}")
