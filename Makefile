@@ -38,8 +38,9 @@ test: book ## lint, unit tests, notebooks against their outputs, the built pages
 test-long: venv ## what takes minutes and gigabytes: the full 7B shape among it
 	@$(RUN) -m pytest -m long tests
 
-bench: venv ## measure against peers, write benchmarks/results
+bench: book ## measure against peers, write benchmarks/results
 	@$(RUN) benchmarks/decode_attention.py
+	@$(RUN) benchmarks/waiting.py
 	@if command -v nvidia-smi >/dev/null; then $(RUN) benchmarks/gpu.py; else echo "no GPU here: benchmarks/gpu.py left out"; fi
 
 requirements: venv ## compile requirements.txt from pyproject.toml

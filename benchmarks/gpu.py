@@ -42,7 +42,7 @@ from common import (
 )
 
 from attnlab import memory
-from attnlab.checkpoint import _stored_name
+from attnlab.checkpoint import stored_name
 from attnlab.errors import AttnlabError
 from attnlab.generate import Decoder
 from attnlab.measure import peak_bytes, read_bandwidth
@@ -235,7 +235,7 @@ def transformers_model(model: Mistral, s: Setting):
     )  # fmt: skip
     with torch.device("meta"):
         theirs = MistralForCausalLM(config).to(getattr(torch, s.dtype))
-    shared = {_stored_name(name, "hf"): weight for name, weight in model.state_dict().items()}
+    shared = {stored_name(name, "hf"): weight for name, weight in model.state_dict().items()}
     theirs.load_state_dict(shared, assign=True)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(s.device)  # has no weights to load
     theirs.generation_config.eos_token_id = None  # so many tokens, whatever they are

@@ -52,6 +52,13 @@ def test_the_gpu_script_runs_every_section_dry_with_few_packages_and_writes_noth
     assert records() == before
 
 
+def test_the_waiting_script_measures_the_import_and_writes_nothing_when_quick():
+    before = records()
+    done = run("waiting.py", "--quick")
+    assert done.returncode == 0 and "import attnlab, beyond torch" in done.stdout, done.stderr
+    assert records() == before
+
+
 def test_without_a_gpu_the_gpu_script_says_so_in_one_line(tmp_path):
     done = run("gpu.py", "--out", str(tmp_path))
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--dry-run" in done.stderr

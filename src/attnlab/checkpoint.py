@@ -429,9 +429,9 @@ def load_model(
             try:
                 target = torch.empty(shape, dtype=dtype, device=device)
                 # The file is opened anew for each tensor: the pages read for it leave this process's memory with it.
-                stored_name = _stored_name(name, layout)
-                with _open(stored[stored_name].file) as content:
-                    tensor = content[stored_name] if isinstance(content, dict) else content.get_tensor(stored_name)
+                source = stored_name(name, layout)
+                with _open(stored[source].file) as content:
+                    tensor = content[source] if isinstance(content, dict) else content.get_tensor(source)
                     heads = _permuted_heads(name, config)
                     if layout == "mistral" and heads:
                         tensor = interleaved_to_halves(tensor, heads)
@@ -469,7 +469,7 @@ def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
 
 
-def _stored_name(name: str, layout: Layout) -> str:
+def stored_name(name: str, layout: Layout) -> str:
     """``blocks.3.attention.q_proj.weight`` as ``model.layers.3.self_attn.q_proj.weight`` or ``layers.3.attention.wq.weight``."""
     which = 0 if layout == "hf" else 1
     if name in _NAMES:
@@ -488,7 +488,7 @@ def _permuted_heads(name: str, config: MistralConfig) -> int | None:
 def _check_tensors(
     folder, layout: Layout, config: MistralConfig, wanted: dict, stored: dict[str, _StoredTensor]
 ) -> None:
-    by_stored_name = {_stored_name(name, layout): shape for name, shape in wanted.items()}
+    by_stored_name = {stored_name(name, layout): shape for name, shape in wanted.items()}
     missing = [name for name in by_stored_name if name not in stored]
     if missing:
         output = _NAMES["lm_head.weight"][0 if layout == "hf" else 1]
@@ -598,7 +598,7 @@ def _write_hf(model: Mistral, folder: Path, max_shard_bytes: int, bos_id: int, e
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][_stored_name(name, "hf")] = tensor
+        shards[-1][stored_name(name, "hf")] = tensor
         size += tensor.nbytes
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
@@ -642,7 +642,7 @@ def _write_native(model: Mistral, folder: Path) -> None:
         heads = _permuted_heads(name, c)
         tensor = tensor.cpu()
         tensor = halves_to_interleaved(tensor, heads) if heads else tensor
-        tensors[_stored_name(name, "mistral")] = tensor.contiguous()
+        tensors[stored_name(name, "mistral")] = tensor.contiguous()
     save_file(tensors, folder / _NATIVE_FILE)
     stored = {
         "dim": c.d_model,
