@@ -88,6 +88,13 @@ def test_a_notebook_says_nothing_of_when_and_where_it_ran(path):
         assert set(cell["metadata"]) <= {"tags", "mystnb"}
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_cell_hides_its_last_value_with_a_semicolon(path):
+    # Under nbval the semicolon hides nothing, and the value it finds is not in the notebook.
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.source for cell in cells if cell.source.rstrip().endswith(";")] == []
+
+
 def test_the_contents_name_every_notebook_and_only_what_exists():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     named = {toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])}
@@ -121,7 +128,9 @@ def test_requirements_are_pins_and_nothing_else():
 
 
 def test_every_public_module_is_on_the_api_page():
-    modules = {path.stem for path in (ROOT / "src" / "attnlab").glob("*.py") if not path.stem.startswith("_")}
+    package = ROOT / "src" / "attnlab"
+    modules = {path.stem for path in package.glob("*.py") if not path.stem.startswith("_")}
+    modules |= {path.parent.name for path in package.glob("*/__init__.py")}
     named = set(re.findall(r"automodule:: attnlab\.(\w+)", (ROOT / "book" / "api.md").read_text()))
     assert modules <= named
 

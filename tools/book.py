@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
 INPUTS = BUILD / "inputs"
 FIRST_PAGE = BUILD / "html" / "index.html"
-WATCHED = ["src", "benchmarks/results", "requirements.txt", "book/_ext", "_config.yml"]
+WATCHED = ["src", "benchmarks/results", "requirements.txt", "book/_ext", "_config.yml", "_toc.yml"]
 
 
 def inputs_hash() -> str:
@@ -43,7 +43,7 @@ def main() -> int:
         shutil.rmtree(BUILD, ignore_errors=True)
     now = inputs_hash()
     if not INPUTS.exists() or INPUTS.read_text() != now:
-        forget(".jupyter_cache", ".doctrees")
+        forget(".jupyter_cache", ".doctrees", "html")  # and pages of what is gone
         BUILD.mkdir(exist_ok=True)
         INPUTS.write_text(now)
     # by way of Python, since a script's first line breaks when .venv is moved

@@ -6,6 +6,8 @@ torch comes first. On PyPI the Linux build is the CUDA one, gigabytes that a mac
 the CPU build is taken from PyTorch's own index, unless pip has been told where to look (pip.conf, PIP_* variables).
 """
 
+from __future__ import annotations  # an old python3 must get as far as the message below
+
 import hashlib
 import os
 import shutil
@@ -53,7 +55,7 @@ def main() -> None:
     if not STAMP.exists() or not STAMP.read_text().endswith(f" {ROOT}\n"):
         run(sys.executable, "-m", "venv", "--clear", VENV)
     STAMP.unlink(missing_ok=True)
-    pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
     torch = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
     run(*pip, *index_for_torch(), torch)
     run(*pip, "-r", "requirements.txt")

@@ -505,8 +505,8 @@ def _describe_data(corpus: Corpus, asked: dict, data: Data, files: list[File]) -
     if recipe["repeats_share"]:
         mixed_in = (
             f"{recipe['repeats_share']:.1%} of the training rows are not text: random tokens, drawn as often as they occur in "
-            f"the text, repeated until the row is full, with no loss on the first copy. They make induction heads "
-            f"appear earlier and sharper than code alone does."
+            f"the text, repeated until the row is full, with no loss on the first copy. They are there so that "
+            f"induction heads form early."
         )
     return {
         "what": (

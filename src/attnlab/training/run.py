@@ -30,16 +30,19 @@ COMPANION = MistralConfig(
 class Recipe:
     """Everything that decides a run besides the corpus and the model. Shares are of rows, ``until`` of all tokens."""
 
-    tokens: int = 26_000_000
+    tokens: int = 33_000_000
     seed: int = 0
     tests_share: float = 0.45  # rows cut from the tests; the others from the library
     repeats_share: float = 0.02  # rows of random tokens repeated: what induction needs and code has little of
     # (until, context, rows): short contexts first, which learn more a second; at the end longer than the window
-    phases: tuple[tuple[float, int, int], ...] = ((0.22, 128, 16), (0.40, 128, 32), (0.92, 256, 16), (1.0, 512, 8))
+    phases: tuple[tuple[float, int, int], ...] = (
+        (5.72 / 33, 128, 16), (10.4 / 33, 128, 32), (0.94, 256, 16), (1.0, 512, 8)
+    )  # fmt: skip
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     warmup_steps: int = 50
-    last_lr: float = 0.01  # of the first, reached in a straight line
+    # (share of all tokens, share of the first rate): straight lines between these points
+    rates: tuple[tuple[float, float], ...] = ((0.0, 1.0), (17 / 33, 0.3527), (1.0, 0.01))
     clip: float = 1.0
     checkpoints: tuple[int, ...] = field(  # tokens seen, close together where induction appears
         default=(
@@ -190,7 +193,7 @@ def train(
             start = time.monotonic()
             seen, context, rows = steps[step]
             factor = min(1.0, (step + 1) / recipe.warmup_steps)
-            factor *= 1.0 - (1.0 - recipe.last_lr) * seen / recipe.tokens
+            factor *= float(np.interp(seen / recipe.tokens, *zip(*recipe.rates, strict=True)))
             for optimizer, lr in zip(both, first_lrs, strict=True):
                 optimizer.param_groups[0]["lr"] = lr * factor
             inputs, targets = (t.to(device) for t in data.batch(step, rows, context))
