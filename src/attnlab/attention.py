@@ -78,7 +78,8 @@ def scaled_dot_product_attention(
     A query whose keys are all masked gives zeros, in the output and in the weights.
 
     Raises:
-        ShapeError: sizes that do not fit. ConfigError: a window below 1, or a window without ``causal``.
+        ShapeError: sizes that do not fit.
+        ConfigError: a window below 1, a window without ``causal``, a mask together with ``causal``.
 
     Worked example: 4 query heads on 2 key/value heads, so query heads 0 and 1 read K/V head 0, and 2 and 3 read head 1:
 
@@ -178,7 +179,8 @@ def online_softmax_attention(
     hide from every query are never computed.
 
     Raises:
-        ShapeError: sizes that do not fit. ConfigError: a window or a block_size below 1.
+        ShapeError: sizes that do not fit.
+        ConfigError: a window or a block_size below 1, a window without ``causal``.
 
     Worked example, one query, scores 1, 3, 2 in blocks of one: the sum of exponentials is 1, then 1·e^(1-3) + 1 = 1.135,
     then 1.135 + e^(2-3) = 1.503, which is e^(1-3) + e^(3-3) + e^(2-3), as it should be.

@@ -399,7 +399,9 @@ def load_model(
     Raises:
         CheckpointError: a tensor that is missing, too many, of another shape or not floating-point; a file that is
             missing or cut off; an index that disagrees with its files or points outside the folder; a config that
-            ``read_config`` refuses. ConfigError: an unknown dtype or device. CapacityError: not enough memory.
+            ``read_config`` refuses.
+        ConfigError: an unknown dtype or device.
+        CapacityError: not enough memory.
     """
     folder = _existing(folder)
     device = parse_device(device)

@@ -57,9 +57,11 @@ def load(
         revision: a branch, tag or commit on the hub.
 
     Raises:
-        InputError: a name that is none of these. HubError: gated, unknown, or no network. CapacityError: the weights do
-        not fit. CheckpointError: a folder that is incomplete or damaged, or has no tokenizer. ConfigError: an unknown
-        dtype, or a device that is not here.
+        InputError: a name that is none of these.
+        HubError: gated, unknown, or no network.
+        CapacityError: the weights do not fit.
+        CheckpointError: a folder that is incomplete or damaged, or has no tokenizer.
+        ConfigError: an unknown dtype, or a device that is not here.
     """
     device = parse_device(_best_device() if device is None else device)
     if dtype is not None:
