@@ -139,8 +139,9 @@ def train(
     """Train in ``folder``, or go on where an earlier call was cut off.
 
     Leaves there ``corpus.json.gz`` (made from the standard library unless it is there), ``tokenizer.json``, ``run.json``
-    (what was asked for, machine, versions), ``log.jsonl`` (loss over time), ``tokens-N.safetensors`` (bfloat16 weights
-    along the way and at the end) and ``state.pt`` (to resume from). Every file is written beside its place and renamed.
+    (what was asked for; machine and versions of every sitting), ``log.jsonl`` (loss over time),
+    ``tokens-N.safetensors`` (bfloat16 weights along the way and at the end) and ``state.pt`` (to resume from). Every file
+    is written beside its place and renamed.
 
     Raises CheckpointError if the folder holds a run with other settings.
     """
@@ -149,17 +150,18 @@ def train(
     corpus, tokenizer = prepare(folder, config.vocab_size)
     asked = {"config": config.to_dict(), "recipe": asdict(recipe), "corpus": corpus.sha256}
     asked = json.loads(json.dumps(asked))
-    run_file = folder / "run.json"
+    run_file, sittings = folder / "run.json", []
     if run_file.exists():
         before = json.loads(run_file.read_text())
         if any(before[key] != asked[key] for key in asked):
             raise CheckpointError(f"{folder} holds a run with other settings or another corpus; give a new folder")
-    else:
-        machine = {
-            "machine": machine_name(device), "threads": torch.get_num_threads(), "device": device,
-            "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
-        }  # fmt: skip
-        _write(run_file, json.dumps(asked | machine, indent=1))
+        sittings = before["sittings"]
+    sitting = {
+        "machine": machine_name(device), "threads": torch.get_num_threads(), "device": device,
+        "torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    if sitting not in sittings[-1:]:
+        _write(run_file, json.dumps(asked | {"sittings": [*sittings, sitting]}, indent=1))
 
     data = Data(corpus, tokenizer, recipe)
     torch.manual_seed(recipe.seed)
@@ -179,6 +181,8 @@ def train(
         step, seconds = state["step"], state["seconds"]
         lines = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= step]
         _write(log_file, "".join(f"{line}\n" for line in lines))
+    else:
+        log_file.unlink(missing_ok=True)  # of a run that was cut off before it saved anything
 
     def save() -> None:
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in both]}
@@ -197,7 +201,7 @@ def train(
             for optimizer, lr in zip(both, first_lrs, strict=True):
                 optimizer.param_groups[0]["lr"] = lr * factor
             inputs, targets = (t.to(device) for t in data.batch(step, rows, context))
-            with torch.autocast(device, dtype=torch.bfloat16):
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
                 logits = model(inputs)  # (rows, context, vocab)
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
             loss.backward()
