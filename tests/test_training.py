@@ -30,6 +30,7 @@ from attnlab.training.report import (
     first_line_parses,
     halve,
     read_file,
+    read_weights,
     report,
     score_window,
     share_of_known_lines,
@@ -188,14 +189,25 @@ def test_a_run_learns_and_leaves_its_files(finished):
     assert checkpoints == [
         "tokens-0000000384.safetensors",
         "tokens-0000000928.safetensors",
+        "tokens-0000001184.safetensors",
+        "tokens-0000001312.safetensors",
         "tokens-0000001440.safetensors",
     ]
-    assert {"corpus.json.gz", "tokenizer.json", "run.json", "log.jsonl", "state.pt"} <= names
+    assert {"corpus.json.gz", "tokenizer.json", "run.json", "log.jsonl", "state.pt", "model.safetensors"} <= names
     assert not any(name.endswith(".tmp") for name in names)
     asked = json.loads((finished / "run.json").read_text())
     assert asked["recipe"]["tokens"] == 1400 and asked["config"]["window"] == 24
     line = json.loads((finished / "log.jsonl").read_text().splitlines()[-1])
     assert line["tokens"] == 1440 and line["loss"] < math.log(TINY.vocab_size)
+
+
+def test_the_model_is_the_mean_of_the_weights_where_the_rate_came_down(finished):
+    ends = [load_file(finished / f"tokens-{seen:010d}.safetensors") for seen in (1184, 1312, 1440)]
+    model = load_file(finished / "model.safetensors")
+    for name, weight in model.items():
+        mean = torch.stack([end[name].float() for end in ends]).mean(0)
+        assert torch.equal(weight, mean.bfloat16())
+    assert not torch.equal(model["embed.weight"], ends[-1]["embed.weight"])
 
 
 CHILD = """
@@ -472,15 +484,16 @@ def test_report_is_complete_small_and_the_same_twice(reported, finished, tmp_pat
     assert (tmp_path / "again" / "README.md").read_text() == (out / "README.md").read_text()
     assert result["finished"] and result["data"]["sha256"] == corpus.sha256 and "20.0%" in result["data"]["mixed_in"]
     assert result["training"]["tokens"] == 1440 and result["training"]["seed"] == 0 and result["training"]["machine"]
-    assert [then["tokens"] for then in result["over_time"]] == [384, 928, 1440]
+    assert [then["tokens"] for then in result["over_time"]] == [384, 928, 1184, 1312, 1440]
     for then in result["over_time"]:
         assert then["induction"]["head"] and then["previous_token"]["head"] and then["second_copy"] > 0
     assert len(result["completions"]["examples"]) == len(PROMPTS)
     b = result["bits_per_byte"]
     assert b["five_gram"] == min(b["five_gram_by_discount"].values()) and b["xz_after_training_text"] < b["xz_alone"]
-    assert b["cold_256"] == pytest.approx(
-        result["over_time"][-1]["bits_per_byte"], abs=1e-3
-    )  # 4 files: all in the subset
+    _, bpe = prepare(finished, TINY.vocab_size)
+    files = [read_file(name, text, bpe) for name, text in corpus.held_out.items()]
+    model = read_weights(finished / "model.safetensors", TINY)
+    assert b["cold_256"] == pytest.approx(bits_per_byte(model, files, 256, 256), abs=1e-3)
     for name, scores in result["heads"].items():
         assert scores["what"], name
         assert scores["head"] is None or np.shape(scores["by_head"]["score"]) == (2, 4)
@@ -501,7 +514,7 @@ def test_report_leaves_a_model_that_transformers_reads_alike(reported, finished)
     assert tokenizer.decode(bpe.encode(text).ids, skip_special_tokens=True) == text
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     ours = Mistral(TINY)
-    weights = load_file(finished / "tokens-0000001440.safetensors")
+    weights = load_file(finished / "model.safetensors")
     ours.load_state_dict(weights | {"lm_head.weight": weights["embed.weight"]})
     ids = torch.tensor([bpe.encode(text).ids])
     with torch.inference_mode():

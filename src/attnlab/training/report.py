@@ -64,7 +64,7 @@ class File:
 def report(folder: Path, out: Path, device: str = "cpu", progress: bool = True) -> dict:
     """Evaluate the run in ``folder``; write ``out`` as a Hugging Face folder with ``report.json`` and a model card.
 
-    The last checkpoint is the model. A run that was cut off is reported as what it is. The baselines depend on the corpus
+    The model is what the run ended with, or else its last checkpoint. A run that was cut off is reported as what it is. The baselines depend on the corpus
     alone and take as long as all else, so they are kept in ``folder`` (``baselines.json``).
 
     Raises CheckpointError for a folder that holds no run or no checkpoint yet.
@@ -83,7 +83,8 @@ def report(folder: Path, out: Path, device: str = "cpu", progress: bool = True) 
     data = Data(corpus, bpe, Recipe())
     files = [read_file(name, text, bpe) for name, text in sorted(corpus.held_out.items())]
     seen, path = checkpoints[-1]
-    model = read_weights(path, config, device)
+    finished = folder / "model.safetensors"
+    model = read_weights(finished if finished.exists() else path, config, device)
     step("compressor and 5-gram")
     baselines = _baselines(folder, corpus, data, files)
     step(f"windows of {COLD}")

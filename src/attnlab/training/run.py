@@ -5,13 +5,13 @@ import math
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -30,34 +30,32 @@ COMPANION = MistralConfig(
 class Recipe:
     """Everything that decides a run besides the corpus and the model. Shares are of rows, ``until`` of all tokens."""
 
-    tokens: int = 33_000_000
+    tokens: int = 41_000_000
     seed: int = 0
     tests_share: float = 0.45  # rows cut from the tests; the others from the library
     repeats_share: float = 0.02  # rows of random tokens repeated: what induction needs and code has little of
-    # (until, context, rows): short contexts first, which learn more a second; at the end longer than the window
+    # (until, context, rows): short contexts first, which learn more a second; for a while longer than the window
     phases: tuple[tuple[float, int, int], ...] = (
-        (5.72 / 33, 128, 16), (10.4 / 33, 128, 32), (0.94, 256, 16), (1.0, 512, 8)
+        (5.72 / 41, 128, 16), (10.4 / 41, 128, 32), (31.02 / 41, 256, 16), (33 / 41, 512, 8), (1.0, 256, 16)
     )  # fmt: skip
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     warmup_steps: int = 50
-    # (share of all tokens, share of the first rate): straight lines between these points
-    rates: tuple[tuple[float, float], ...] = ((0.0, 1.0), (17 / 33, 0.3527), (1.0, 0.01))
+    # (share of all tokens, share of the first rate): straight lines between these points; down, and twice up and down again
+    rates: tuple[tuple[float, float], ...] = (
+        (0.0, 1.0), (17 / 41, 0.3527), (33 / 41, 0.01), (33.4 / 41, 0.15), (38 / 41, 0.005), (38.3 / 41, 0.15), (1.0, 0.005)
+    )  # fmt: skip
     clip: float = 1.0
-    checkpoints: tuple[int, ...] = field(  # tokens seen, close together where induction appears
-        default=(
-            250_000,
-            500_000,
-            1_000_000,
-            1_500_000,
-            2_000_000,
-            3_000_000,
-            4_000_000,
-            6_000_000,
-            10_000_000,
-            16_000_000,
-        )
-    )
+    checkpoints: tuple[int, ...] = (  # tokens seen, close together where induction appears
+        250_000, 500_000, 1_000_000, 1_500_000, 2_000_000, 3_000_000, 4_000_000, 6_000_000, 10_000_000, 16_000_000,
+    )  # fmt: skip
+    # The model is the mean of the weights at these shares of the tokens, where the rate has come down (arXiv 1803.05407)
+    mean_of: tuple[float, ...] = (33 / 41, 38 / 41, 1.0)
+
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """Tokens seen at which weights are kept."""
+        return (*self.checkpoints, *(round(share * self.tokens) for share in self.mean_of))
 
 
 class Data:
@@ -140,8 +138,8 @@ def train(
 
     Leaves there ``corpus.json.gz`` (made from the standard library unless it is there), ``tokenizer.json``, ``run.json``
     (what was asked for; machine and versions of every sitting), ``log.jsonl`` (loss over time),
-    ``tokens-N.safetensors`` (bfloat16 weights along the way and at the end) and ``state.pt`` (to resume from). Every file
-    is written beside its place and renamed.
+    ``tokens-N.safetensors`` (bfloat16 weights along the way and at the end), ``model.safetensors`` (the mean of some, which
+    is the model) and ``state.pt`` (to resume from). Every file is written beside its place and renamed.
 
     Raises CheckpointError if the folder holds a run with other settings.
     """
@@ -226,14 +224,25 @@ def train(
                 log.flush()
                 bar.set_postfix(loss=f"{mean:.3f}")
                 losses.clear()
-            passed = [mark for mark in recipe.checkpoints if seen - rows * context < mark <= seen]
+            passed = [mark for mark in recipe.marks if seen - rows * context < mark <= seen]
             if passed or step == len(steps):
                 save_weights(model, folder / f"tokens-{seen:010d}.safetensors")
             if step == len(steps) or time.monotonic() - last_save > save_every:
                 save()
                 last_save = time.monotonic()
     bar.close()
+    take_mean(model, folder, recipe)
+    save_weights(model, folder / "model.safetensors")
     return model
+
+
+def take_mean(model: Mistral, folder: Path, recipe: Recipe) -> None:
+    """Give ``model`` the mean of the weights kept at ``recipe.mean_of``."""
+    kept = {int(path.stem.removeprefix("tokens-")): path for path in folder.glob("tokens-*.safetensors")}
+    ends = [min(seen for seen in kept if seen >= round(share * recipe.tokens)) for share in recipe.mean_of]
+    states = [load_file(kept[seen]) for seen in ends]
+    mean = {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
+    model.load_state_dict(mean, strict=False)  # a tied output matrix is not in the files
 
 
 def prepare(folder: Path, vocab_size: int) -> tuple[Corpus, Tokenizer]:
