@@ -568,6 +568,7 @@ Hash of all of it: `{d["sha256"]}`. The text is under the Python Software Founda
 
 ## Training
 
+The weights are the mean of those at {" and ".join(f"{share:.1%}" for share in t["recipe"]["mean_of"])} of the run.
 {t["tokens"]:,} tokens in {minutes} on {t["machine"]} ({t["device"]}, {t["threads"]} threads), seed {t["seed"]}, {t["date"]},
 torch {t["torch"]}. Made by `python -m attnlab.training run`; the recipe is in `report.json`.
 
