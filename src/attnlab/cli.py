@@ -215,10 +215,11 @@ def _model_shape(name: str):
     """A preset's name, or the config of a folder."""
     from attnlab import memory as accounts
     from attnlab.checkpoint import read_config
+    from attnlab.companion import FOLDER as COMPANION_FOLDER
 
     if name.lower() in accounts.SHAPES:
         return name
-    folder = Path(__file__).parent / "companion" if name == "companion" else Path(name).expanduser()
+    folder = COMPANION_FOLDER if name == "companion" else Path(name).expanduser()
     if folder.is_dir():
         return read_config(folder).replace(name=name if name == "companion" else folder.resolve().name)
     return accounts.as_shape(name)  # which knows near names

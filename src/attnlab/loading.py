@@ -4,12 +4,12 @@ import errno
 import os
 import re
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
 from attnlab.checkpoint import load_model, parse_device, parse_dtype, read_config, stored_dtype
+from attnlab.companion import FOLDER as COMPANION_FOLDER
 from attnlab.errors import AttnlabError, CapacityError, CheckpointError, ConfigError, HubError, InputError
 from attnlab.memory import kv_cache_bytes, weight_bytes
 from attnlab.mistral import Mistral, MistralConfig
@@ -145,7 +145,7 @@ def _check_room(config: MistralConfig, dtype: torch.dtype, device: torch.device)
 
 def _find(name: str, revision: str | None, progress: bool) -> tuple[str, Path]:
     """The name to show and the folder with the files, which the hub may have to bring first."""
-    folder = Path(str(files("attnlab"))) / "companion" if name == COMPANION else Path(name).expanduser()
+    folder = COMPANION_FOLDER if name == COMPANION else Path(name).expanduser()
     if name == COMPANION or (name and folder.exists()):
         if revision is not None:
             raise ConfigError(f"revision={revision!r} names a version on the hub; {name} is a folder on this machine")
