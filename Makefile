@@ -28,6 +28,7 @@ lab: venv ## open the notebooks in JupyterLab
 notebooks: venv ## execute the notebooks and write their outputs back into them
 	@$(RUN) tools/notebooks.py
 
+test: export TQDM_DISABLE = 1 # a bar says how fast a machine is; the outputs that are compared do not
 test: book ## lint, unit tests, notebooks against their outputs, the built pages in a browser
 	@$(RUN) tools/chromium.py
 	@$(RUN) -m ruff check

@@ -282,3 +282,23 @@ def test_bad_input_raises_one_error_and_leaves_no_figure_behind(call, error, exp
     with pytest.raises(error, match=expected):
         call()
     assert plt.get_fignums() == before
+
+
+def test_a_knob_is_stills_on_a_page_and_a_slider_in_a_notebook():
+    drawn = []
+    knob = plots.knob(lambda ax, n: drawn.append(n) or ax.plot([0, n]), "n", [1, 2, 3, 5, 8, 13])
+    bundle = knob._repr_mimebundle_()
+    assert bundle["image/png"].startswith(b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in bundle
+    assert [ax.get_title(loc="left") for ax in knob.stills().axes] == ["n = 1", "n = 3", "n = 5", "n = 13"]
+    slider, image = knob.widget().children
+    before = image.value
+    drawn.clear()
+    slider.value = 5
+    assert drawn == [5] and image.value != before
+    slider.value = 1
+    assert drawn == [5] and image.value == before  # what was drawn is kept
+
+
+def test_a_knob_with_nothing_to_turn_through_is_refused():
+    with pytest.raises(ConfigError, match="needs values"):
+        plots.knob(lambda ax, n: None, "n", [])

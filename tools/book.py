@@ -49,7 +49,7 @@ def main() -> int:
     # by way of Python, since a script's first line breaks when .venv is moved
     jupyter_book = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
     command = [*jupyter_book, "build", str(ROOT), "-W", "--keep-going"]
-    env = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    env = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1", "TQDM_DISABLE": "1"}
     code = subprocess.run(command, cwd=ROOT, env=env).returncode
     if code or not FIRST_PAGE.exists():
         forget(".doctrees")  # else the pages that warned would count as up to date next time, and pass

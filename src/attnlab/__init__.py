@@ -1,6 +1,6 @@
 """attnlab: attention, from the dot product to Mistral 7B."""
 
-from attnlab import memory
+from attnlab import exercises, memory
 from attnlab.attention import causal_mask, online_softmax_attention, scaled_dot_product_attention
 from attnlab.cache import KVCache, RollingKVCache
 from attnlab.errors import AttnlabError

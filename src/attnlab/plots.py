@@ -8,8 +8,9 @@ read the same on a dark page. Nothing is told by colour alone: lines differ by m
 bars their values, and what a mask forbids is hatched, which is not the colour of zero.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -270,6 +271,76 @@ def stacked_bytes(
     if title:
         ax.set_title(title, pad=22)  # above the legend
     return ax.figure
+
+
+class Knob:
+    """A figure with a knob to turn: a slider in a live notebook; stills in a grid where no kernel answers."""
+
+    def __init__(self, draw: Callable[[Axes, Any], object], name: str, values: Sequence, n_stills: int) -> None:
+        self._draw, self.name, self.values, self._n_stills = draw, name, list(values), n_stills
+
+    def stills(self) -> Figure:
+        """Evenly chosen values, the first and the last among them, two side by side."""
+        n = min(self._n_stills, len(self.values))
+        chosen = [self.values[round(i * (len(self.values) - 1) / max(n - 1, 1))] for i in range(n)]
+        down = -(-n // 2)
+        style()
+        fig, axes = plt.subplots(down, min(n, 2), figsize=(SIZE[0], 2.1 * down), squeeze=False)
+        plt.close(fig)
+        for ax in axes.flat[n:]:
+            ax.set_axis_off()
+        for ax, value in zip(axes.flat, chosen, strict=False):
+            self._draw(ax, value)
+            ax.set_title(f"{self.name} = {value}")
+        return fig
+
+    def still(self, value: Any) -> Figure:
+        """The figure at one value."""
+        style()
+        fig, ax = plt.subplots(figsize=SIZE)
+        plt.close(fig)
+        self._draw(ax, value)
+        ax.set_title(f"{self.name} = {value}")
+        return fig
+
+    def widget(self) -> Any:
+        """The slider and the figure under it, which is drawn anew for each value and kept."""
+        import ipywidgets
+
+        slider = ipywidgets.SelectionSlider(options=self.values, description=self.name, continuous_update=False)
+        image, drawn = ipywidgets.Image(format="png"), {}
+
+        def show(_: object = None) -> None:
+            if slider.index not in drawn:
+                drawn[slider.index] = _png(self.still(self.values[slider.index]))
+            image.value = drawn[slider.index]
+
+        slider.observe(show, "index")
+        show()
+        return ipywidgets.VBox([slider, image])
+
+    def __repr__(self) -> str:
+        return f"{self.name} from {self.values[0]} to {self.values[-1]}"
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
+        """Both, for the front end to choose from."""
+        return {**self.widget()._repr_mimebundle_(), "image/png": _png(self.stills()), "text/plain": repr(self)}
+
+
+def knob(draw: Callable[[Axes, Any], object], name: str, values: Sequence, n_stills: int = 4) -> Knob:
+    """``draw(ax, value)`` with a knob for ``value``: make it the last value of a cell.
+
+    Raises ConfigError for no values.
+    """
+    if len(values) == 0:
+        raise ConfigError(f"a knob needs values to turn through; {name!r} has none")
+    return Knob(draw, name, values, n_stills)
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
 
 
 def _canvas(ax: Axes | None, size: tuple[float, float]) -> Axes:
