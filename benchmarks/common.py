@@ -20,6 +20,7 @@ sys.path.insert(0, str(HERE.parent / "src"))  # a machine with a GPU may have to
 import torch  # noqa: E402
 
 from attnlab.errors import CheckpointError, ConfigError  # noqa: E402
+from attnlab.measure import processor_name  # noqa: E402
 
 
 def machine(device: str = "cpu") -> dict:
@@ -28,7 +29,7 @@ def machine(device: str = "cpu") -> dict:
         gpu = torch.cuda.get_device_properties(device)
         return {"gpu": gpu.name, "gpu_bytes": gpu.total_memory}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": _processor(), "cores": cores, "system": platform.system()}
+    return {"processor": processor_name(), "cores": cores, "system": platform.system()}
 
 
 def versions() -> dict:
@@ -144,19 +145,6 @@ def write_record(path: Path, record: dict, overwrite: bool = False) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _processor() -> str:
-    try:
-        if platform.system() == "Linux":
-            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-            named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-            return named[0] if named else platform.machine()
-        if platform.system() == "Darwin":
-            return _output("sysctl", "-n", "machdep.cpu.brand_string")
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _driver() -> str | None:

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from attnlab.measure import peak_bytes, read_bandwidth
+from attnlab.measure import peak_bytes, processor_name, read_bandwidth
 
 
 def test_peak_counts_what_is_held_at_once():
@@ -31,3 +31,8 @@ def test_nothing_is_printed():
 
 def test_bandwidth_is_a_rate():
     assert read_bandwidth(nbytes=20_000_000, repetitions=2) > 1e6
+
+
+def test_the_processor_has_a_name_without_what_differs_from_one_start_to_the_next():
+    assert processor_name() and processor_name() == processor_name().strip()
+    assert "MHz" not in processor_name()

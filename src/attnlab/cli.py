@@ -293,9 +293,10 @@ def _machine(to_do: list[str]):
     import torch
 
     from attnlab.loading import free_bytes
+    from attnlab.measure import processor_name
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "processor", f"{_processor()}; {cores} of {os.cpu_count()} cores for us, torch uses {torch.get_num_threads()}"
+    yield "processor", f"{processor_name()}; {cores} of {os.cpu_count()} cores for us, torch uses {torch.get_num_threads()}"
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield "memory", f"{total / 1e9:.1f} GB, {free_bytes('cpu') / 1e9:.1f} GB free"
     for i in range(torch.cuda.device_count()):
@@ -310,18 +311,6 @@ def _machine(to_do: list[str]):
     elif not torch.cuda.is_available():
         built = "torch sees none" if torch.version.cuda else "this torch was built without CUDA"
         yield "GPU", f"none ({built}): everything in the book runs on the CPU, Mistral 7B slowly"
-
-
-def _processor() -> str:
-    import platform
-
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _companion(to_do: list[str]):

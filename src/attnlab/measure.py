@@ -1,9 +1,12 @@
 """Measuring what `memory` predicts: bytes that a call really takes, and how fast this machine reads memory."""
 
 import os
+import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -50,3 +53,18 @@ def read_bandwidth(device: torch.device | str = "cpu", nbytes: int = 512_000_000
         wait()
         rates.append(matrix.nbytes / (time.perf_counter() - start))
     return statistics.median(rates)
+
+
+def processor_name() -> str:
+    """The processor as its maker calls it, where the system says so; else its architecture."""
+    try:
+        if platform.system() == "Linux":
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+            return named[0] if named else platform.machine()
+        if platform.system() == "Darwin":
+            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return platform.processor() or platform.machine()

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from attnlab.errors import CheckpointError
+from attnlab.measure import processor_name
 from attnlab.mistral import Mistral, MistralConfig
 from attnlab.training.corpus import Corpus, encode_files, train_tokenizer
 
@@ -272,13 +273,7 @@ def machine_name(device: str = "cpu") -> str:
     """What ran it: the GPU's name, or the processor's and how many cores torch was given."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{cpu}, {os.cpu_count()} cores"
+    return f"{processor_name()}, {os.cpu_count()} cores"
 
 
 def _write(path: Path, text: str) -> None:
