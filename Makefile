@@ -41,6 +41,10 @@ test-long: venv ## what takes minutes and gigabytes: the full 7B shape among it
 
 bench: book ## measure against peers, write benchmarks/results
 	@$(RUN) benchmarks/decode_attention.py
+	@$(RUN) benchmarks/lookup_seeds.py
+	@$(RUN) benchmarks/heads_seeds.py
+	@$(RUN) benchmarks/induction_seeds.py
+	@$(RUN) benchmarks/explorers.py
 	@$(RUN) benchmarks/waiting.py
 	@if command -v nvidia-smi >/dev/null; then $(RUN) benchmarks/gpu.py; else echo "no GPU here: benchmarks/gpu.py left out"; fi
 

@@ -1,11 +1,13 @@
 """Scores of heads on weights made by hand: each head that does its thing scores 1, its control 0, and no other head."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from attnlab import heads
-from attnlab.errors import InputError, ShapeError
+from attnlab import Mistral, MistralConfig, heads
+from attnlab.errors import ConfigError, InputError, ShapeError
 from attnlab.heads import HeadScores, Match
 
 SOURCE = '''\
@@ -168,3 +170,108 @@ def test_positions_outside_the_weights_are_refused():
         heads.scores_of(looking(4, first), ([4], [0]), ([1], [0]))
     with pytest.raises(ShapeError, match="layers, heads"):
         heads.previous_token(np.zeros((4, 4)))
+
+
+# Ablation
+
+
+@pytest.fixture
+def grouped() -> Mistral:
+    torch.manual_seed(0)
+    return Mistral(MistralConfig(vocab_size=30, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=40, head_dim=8))
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    return torch.randint(30, (3, 7), generator=torch.Generator().manual_seed(1))
+
+
+def without_columns(model: Mistral, layer: int, head: int, ids: torch.Tensor) -> torch.Tensor:
+    """Logits with a head's columns of o_proj zeroed by hand, in a copy."""
+    copied = copy.deepcopy(model)
+    copied.blocks[layer].attention.o_proj.weight.data[:, head * 8 : (head + 1) * 8] = 0
+    return copied(ids)
+
+
+@torch.no_grad()
+def test_an_ablated_head_is_one_whose_columns_of_o_proj_are_zero(grouped, rows):
+    whole = grouped(rows)
+    for layer, head in ((0, 0), (0, 3), (1, 2)):
+        with heads.ablated(grouped, (layer, head)):
+            without = grouped(rows)
+        torch.testing.assert_close(without, without_columns(grouped, layer, head, rows))
+        assert (without - whole).abs().max() > 1e-3
+    assert torch.equal(grouped(rows), whole)  # nothing is left of it
+
+
+@torch.no_grad()
+def test_several_heads_are_ablated_together_and_in_nested_blocks(grouped, rows):
+    with heads.ablated(grouped, (0, 1), (1, 1), (1, 2)):
+        together = grouped(rows)
+    with heads.ablated(grouped, (0, 1)), heads.ablated(grouped, (1, 1), (1, 2)):
+        nested = grouped(rows)
+    torch.testing.assert_close(together, nested)
+    with heads.ablated(grouped):
+        nobody = grouped(rows)
+    assert torch.equal(grouped(rows), nobody) and not torch.equal(nobody, together)
+
+
+@torch.no_grad()
+def test_ablating_a_head_leaves_the_others_of_its_group_and_its_weights_as_they_were(grouped, rows):
+    before = heads.weights_of(grouped, rows)
+    with heads.ablated(grouped, (1, 0)):
+        after = heads.weights_of(grouped, rows)
+    np.testing.assert_array_equal(before, after)  # the last layer's weights don't depend on its own outputs
+    outputs = []
+    hook = grouped.blocks[1].attention.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0].clone()))
+    grouped(rows)
+    hook.remove()
+    with heads.ablated(grouped, (1, 0)):
+        hook = grouped.blocks[1].attention.o_proj.register_forward_pre_hook(
+            lambda _, args: outputs.append(args[0].clone())
+        )
+        grouped(rows)
+        hook.remove()
+    assert not outputs[1][..., :8].any()
+    torch.testing.assert_close(outputs[0][..., 8:], outputs[1][..., 8:])
+
+
+@torch.no_grad()
+def test_by_the_mean_a_head_says_the_same_everywhere_and_what_it_says_on_average(grouped, rows):
+    outputs = []
+    listen = grouped.blocks[0].attention.o_proj.register_forward_pre_hook
+    hook = listen(lambda _, args: outputs.append(args[0].clone()))
+    grouped(rows)
+    hook.remove()
+    with heads.ablated(grouped, (0, 2), mean_over=rows):
+        hook = listen(lambda _, args: outputs.append(args[0].clone()))
+        grouped(rows)
+        hook.remove()
+    whole, ablated = outputs
+    torch.testing.assert_close(ablated[..., 16:24], whole[..., 16:24].mean((0, 1)).expand(3, 7, 8))
+    torch.testing.assert_close(ablated[..., :16], whole[..., :16])
+
+
+def test_an_error_inside_the_block_puts_the_head_back(grouped, rows):
+    whole = grouped(rows)
+    with pytest.raises(RuntimeError, match="stop"), heads.ablated(grouped, (0, 0)):
+        raise RuntimeError("stop")
+    assert torch.equal(grouped(rows), whole)
+
+
+@pytest.mark.parametrize("place", [(2, 0), (-1, 0), (0, 4), (0, -1)])
+def test_a_head_that_is_not_there_is_refused_and_none_is_ablated(grouped, rows, place):
+    whole = grouped(rows)
+    with pytest.raises(ConfigError, match="2 layers of 4 heads"), heads.ablated(grouped, (0, 0), place):
+        pass
+    assert torch.equal(grouped(rows), whole)
+    with pytest.raises(ConfigError, match="no attention layer"), heads.ablated(torch.nn.Linear(2, 2), (0, 0)):
+        pass
+
+
+def test_weights_of_gives_every_rows_weights_as_the_model_hands_them_out(grouped, rows):
+    weights = heads.weights_of(grouped, rows)
+    assert weights.shape == (3, 2, 4, 7, 7)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    alone = heads.weights_of(grouped, rows[1:2])
+    np.testing.assert_allclose(alone[0], weights[1], atol=1e-5)

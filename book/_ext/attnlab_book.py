@@ -2,6 +2,7 @@
 
 - Mathematics from files in the build: MathJax's one script and its fonts, out of the package sphinx-mathjax-offline.
 - Every figure says in words what it shows; one that doesn't fails the build.
+- A figure is fetched when the reader comes near it.
 - No "live code" scripts, which would point at another host.
 - In a fork's CI, links to the fork's own repository.
 - No hints to fetch fonts early, which a browser refuses on a page opened from a folder.
@@ -85,6 +86,12 @@ def check_alternative_texts(app: Sphinx, doctree: nodes.document, docname: str) 
                 )
 
 
+def fetch_figures_late(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """A chapter's figures weigh as much as everything else; a browser with `loading=lazy` fetches those in reach."""
+    for image in doctree.findall(nodes.image):
+        image["loading"] = "lazy"
+
+
 def finish_pages(app: Sphinx, exception: Exception | None) -> None:
     """Drop the hints to fetch fonts early: opened from a folder, a browser refuses them and says so on the console."""
     if exception is None:
@@ -103,5 +110,6 @@ def setup(app: Sphinx) -> dict:
     app.connect("builder-inited", bring_mathjax)
     app.connect("html-page-context", leave_out_thebe_styles)
     app.connect("doctree-resolved", check_alternative_texts)
+    app.connect("doctree-resolved", fetch_figures_late)
     app.connect("build-finished", finish_pages)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -5,19 +5,26 @@ looks three tokens back hits many brackets. So every score has a control, the sa
 hold, and a head counts for what it has above it. Choose heads on one text and report them on another
 (``HeadScores.at``): the best of many is flattered by the text that chose it.
 
-All functions take ``weights`` (L, H, T, S), a record's or any array or tensor, and positions in that text.
+A score says where a head looks. What it does to the output is another question, and ``ablated`` asks it: take the head
+away, and see what the model can no longer do.
+
+The scores take ``weights`` (L, H, T, S), a record's or any array or tensor, and positions in that text.
 """
 
 import io
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from attnlab.errors import InputError, ShapeError
+from attnlab.errors import ConfigError, InputError, ShapeError
+from attnlab.layers import GroupedQueryAttention
 
 Weights = Float[np.ndarray, "L H T S"]
 OPENERS, CLOSERS = "([{", ")]}"
@@ -248,6 +255,76 @@ def matching(
     else:
         raise InputError(f'control must be "distance", "others" or "nested"; got {control!r}')
     return scores_of(weights, _columns(pairs), _columns(controls))
+
+
+# Taking a model apart
+
+
+@torch.no_grad()
+def weights_of(model: nn.Module, ids: Int[Tensor, "B T"]) -> Float[np.ndarray, "B L H T T"]:
+    """Attention weights of every row: all rows at once, for a small model and short rows.
+
+    ``model(ids, on_weights=…)`` is called, as ``Mistral`` and ``tasks.AttentionOnly`` understand it.
+    """
+    layers: list[Tensor] = []
+    model(ids, on_weights=lambda _, weights: layers.append(weights.float().cpu()))
+    return torch.stack(layers, dim=1).numpy()
+
+
+@contextmanager
+def ablated(model: nn.Module, *heads: tuple[int, int], mean_over: Int[Tensor, "B T"] | None = None) -> Iterator[None]:
+    """Within the ``with`` block these heads, as (layer, head), add nothing to the residual stream.
+
+    A query head's output is its slice of what ``o_proj`` reads; that slice is set to 0 on the way in. No weight is
+    touched, and the head's key/value head goes on serving the other query heads of its group. Layers are the model's
+    ``GroupedQueryAttention`` modules, counted from 0 in the order they stand in.
+
+    Args:
+        mean_over: ids. The slice becomes the head's mean over all their positions instead: what it says on average stays,
+            and only what depends on the text is lost.
+
+    Raises ConfigError for a layer or head that is not there.
+
+    >>> layer = GroupedQueryAttention(8, n_heads=2)
+    >>> x = torch.randn(1, 3, 8)
+    >>> with ablated(layer, (0, 0), (0, 1)):
+    ...     bool((layer(x) == 0).all())
+    True
+    """
+    layers = [module for module in model.modules() if isinstance(module, GroupedQueryAttention)]
+    for layer, head in heads:
+        if not (0 <= layer < len(layers) and 0 <= head < layers[layer].n_heads):
+            sizes = f"{len(layers)} layers of {layers[0].n_heads} heads" if layers else "no attention layer"
+            raise ConfigError(f"there is no head {head} in layer {layer}: the model has {sizes}, counted from 0")
+    means = None if mean_over is None else _mean_outputs(model, layers, mean_over)
+    with ExitStack() as hooks:
+        for layer, head in heads:
+            o_proj, D = layers[layer].o_proj, layers[layer].head_dim
+            its_slice = slice(head * D, (head + 1) * D)
+            value = 0.0 if means is None else means[layer][its_slice]
+            hooks.enter_context(o_proj.register_forward_pre_hook(_setting(its_slice, value)))
+        yield
+
+
+def _setting(its_slice: slice, value: float | Tensor) -> Callable:
+    def hook(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        outputs = args[0].clone()  # (B, T, H·D)
+        outputs[..., its_slice] = value
+        return (outputs,)
+
+    return hook
+
+
+@torch.no_grad()
+def _mean_outputs(model: nn.Module, layers: list[GroupedQueryAttention], ids: Tensor) -> list[Tensor]:
+    """What each layer's ``o_proj`` reads, (H·D), on average over rows and positions."""
+    means: list[Tensor] = []
+    with ExitStack() as hooks:
+        for layer in layers:
+            hook = layer.o_proj.register_forward_pre_hook(lambda _, args: means.append(args[0].mean((0, 1))))
+            hooks.enter_context(hook)
+        model(ids)
+    return means
 
 
 def _quote_width(quoted: str) -> int:
