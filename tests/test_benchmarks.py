@@ -23,7 +23,7 @@ def script(monkeypatch):
     """A script of benchmarks/ as a module."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("common", "decode_attention", "gpu"):
+    for name in ("common", "decode_attention", "explorers", "gpu"):
         sys.modules.pop(name, None)
 
 
@@ -57,6 +57,53 @@ def test_the_waiting_script_measures_the_import_and_writes_nothing_when_quick():
     done = run("waiting.py", "--quick")
     assert done.returncode == 0 and "import attnlab, beyond torch" in done.stdout, done.stderr
     assert records() == before
+
+
+@pytest.mark.parametrize(
+    ("script", "settings"),
+    [
+        ("lookup_seeds.py", ["learned nothing, answer_in wish", "payloads repeated", "head_dim 48", "w_q_is_w_k True"]),
+        ("heads_seeds.py", ["32 heads of 16"]),
+        ("induction_seeds.py", ["every branch ran"]),
+    ],
+)
+def test_a_script_for_many_seeds_runs_every_setting_and_writes_nothing_when_quick(script, settings):
+    before = records()
+    done = run(script, "--quick")
+    assert done.returncode == 0, done.stderr
+    assert [setting for setting in settings if setting not in done.stdout] == []
+    assert records() == before
+
+
+def test_the_explorers_script_paints_and_hovers_and_writes_nothing_when_quick():
+    sys.path.insert(0, str(BENCHMARKS.parent / "tools"))
+    from chromium import MISSING, find
+
+    if find() is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(MISSING)
+    before = records()
+    done = run("explorers.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("8 heads, 8 tokens", "first_paint_ms", "hover_a_token_ms"))
+    assert records() == before
+
+
+def test_the_explorers_targets_are_those_of_the_size_that_was_measured(script):
+    explorers = script("explorers")
+
+    def row(tokens, nbytes, milliseconds):
+        times = {"median": milliseconds, "min": 1, "max": 999, "repetitions": 3}
+        return {"heads": 1024, "tokens": tokens, "bytes": nbytes, "first_paint_ms": times,
+                "hover_a_token_ms": times, "hover_a_weight_ms": times}  # fmt: skip
+
+    found = explorers.targets([row(24, 600_000, 10), row(64, 600_000, 200)])
+    reached = {(verdict["tokens"], verdict["what"]): verdict["reached"] for verdict in found}
+    assert reached == {
+        (24, "bytes"): False, (24, "first_paint_ms"): True, (24, "hover_a_token_ms"): True, (24, "hover_a_weight_ms"): True,
+        (64, "bytes"): True, (64, "first_paint_ms"): True, (64, "hover_a_token_ms"): False, (64, "hover_a_weight_ms"): False,
+    }  # fmt: skip
+    record = explorers.random_record(2, 4, 2, 8)
+    assert explorers.json_bytes(record) > 3 * len(json.dumps(explorers.AttentionExplorer(record).data["layers"]))
 
 
 def test_without_a_gpu_the_gpu_script_says_so_in_one_line(tmp_path):

@@ -1,5 +1,6 @@
 """The command line, as a function and as a real process."""
 
+import json
 import os
 import pty
 import re
@@ -52,11 +53,15 @@ def run(capsys, *args):
 # --- help
 
 
-@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["memory", "-h"], ["doctor", "--help"], []])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["generate", "--help"], ["explore", "--help"], ["memory", "-h"], ["doctor", "--help"], []]
+)
 def test_help_teaches_with_examples(capsys, args):
     code, out, err = run(capsys, *args)
     assert code == 0 and err == "" and "Usage: attnlab" in out
-    if args[:1] != ["doctor"]:
+    if args[:1] == ["explore"]:
+        assert '  attnlab explore "def add(a, b):" --out maps.html' in out
+    elif args[:1] != ["doctor"]:
         assert '  attnlab generate "def"' in out or "  attnlab memory mistral-7b-v0.1 llama-2-7b" in out
 
 
@@ -170,6 +175,29 @@ def test_a_terminal_without_a_prompt_is_not_kept_waiting():
     assert (code, shown) == (2, "") and errors.startswith("attnlab: no prompt came")
 
 
+# --- explore
+
+
+def test_explore_writes_one_page_that_holds_the_record(capsys, folder, tmp_path):
+    out = tmp_path / "maps.html"
+    code, said, err = run(capsys, "explore", "def add(a, b):", "--model", folder, "--out", out)
+    record = attnlab.record_attention(attnlab.load(folder), "def add(a, b):")
+    L, H, T, _ = record.weights.shape
+    assert code == 0 and said == f"{out} ({attnlab.memory.human_bytes(out.stat().st_size)})\n"
+    assert f"{T} tokens, {L} layers × {H} heads" in err
+    data = re.search(r'<script type="application/json">(.*?)</script>', out.read_text(), re.DOTALL)[1]
+    assert json.loads(data)["key_tokens"] == record.key_tokens
+    assert len(json.loads(data)["layers"]) == L
+    assert [path.name for path in tmp_path.iterdir()] == ["maps.html"]
+
+
+def test_explore_takes_the_text_from_stdin(folder, tmp_path):
+    pages = [tmp_path / f"{i}.html" for i in range(2)]
+    runner.invoke(cli.app, ["explore", "def f", "--model", str(folder), "--out", str(pages[0])])
+    runner.invoke(cli.app, ["explore", "--model", str(folder), "--out", str(pages[1])], input="def f\n")
+    assert pages[0].read_text() == pages[1].read_text()
+
+
 # --- memory
 
 
@@ -196,8 +224,8 @@ def test_memory_shows_models_side_by_side(capsys):
     assert code == 0 and err == ""
     assert cells(out, "cache, a token")[1:] == ["128.00 KiB", "512.00 KiB", "336.00 KiB"]
     assert cells(out, "cache, 8 ×")[1:3] == ["4.00 GiB", "128.00 GiB"]
-    assert cells(out, "weights")[1:] == ["13.49 GiB", "12.55 GiB", "not counted"]
-    assert cells(out, "fits 80 GB")[1:] == ["yes", "no", "not counted"]
+    assert cells(out, "weights")[1:] == ["13.49 GiB", "12.55 GiB", "17.21 GiB"]
+    assert cells(out, "fits 80 GB")[1:] == ["yes", "no", "yes"]
     assert cells(out, "heads / K/V heads")[1:] == ["32 / 8", "32 / 32", "16 / 8"]
     assert cells(out, "of multi-head's")[1:] == ["1/4", "all", "1/2"]
     assert cells(out, "window")[1:] == ["4,096", "none", "4,096 in 21 of 42"]
@@ -259,6 +287,10 @@ def test_doctor_ends_with_1_and_says_what_to_do(capsys, monkeypatch):
         (["generate", "def", "--device", "abacus"], 2, "abacus"),
         (["generate", "def", "--model", "no such model"], 2, "no such model"),
         (["generate", "def", "--no-such-option"], 2, "--no-such-option"),
+        (["explore", ""], 2, "the text is empty"),
+        (["explore", "def", "--out", "no/such/folder/maps.html"], 2, "give a file in a folder that exists"),
+        (["explore", "def", "--out", "."], 2, "give a file in a folder that exists"),
+        (["explore", "def", "--model", "no such model"], 2, "no such model"),
         (["memory"], 2, "attnlab memory --help"),
         (["memory", "mistral-7b"], 2, "mistral-7b-v0.1"),
         (["memory", "mistral-7b-v0.1", "--context", "0"], 2, "context must be"),
@@ -280,6 +312,13 @@ def test_what_failed_is_exit_code_1(capsys, tmp_path):
         for command in (["generate", "def", "--model", tmp_path], ["memory", tmp_path]):
             code, out, err = run(capsys, *command)
             assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("attnlab: ")
+
+
+def test_a_text_too_long_for_a_page_is_refused_before_it_is_run(capsys, folder, tmp_path):
+    out = tmp_path / "maps.html"
+    code, said, err = run(capsys, "explore", "def add " * 400, "--model", folder, "--out", out)
+    assert (code, said, err.count("\n")) == (1, "", 1) and not out.exists()
+    assert "too many for a page: it holds 512 tokens" in err
 
 
 def test_a_bug_still_shows_its_traceback(monkeypatch):

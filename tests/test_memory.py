@@ -11,6 +11,7 @@ from attnlab.mistral import PRESETS
 
 V01, V02 = "mistral-7b-v0.1", "mistral-7b-v0.2"
 GIB = 2**30
+UNCOUNTED = memory.ModelShape("uncounted", 32, 71, 1, 64)
 
 # Model, KV bytes a token in float16, times smaller than multi-head attention of the same shape.
 PUBLISHED = [
@@ -75,6 +76,100 @@ def test_mistral_7b_has_its_published_parameters_and_bytes():
 def test_parameters_equal_the_full_size_models(name):
     model = on_meta(PRESETS[name])
     assert memory.n_params(name) == sum(p.numel() for p in model.parameters())
+
+
+def as_transformers(name: str):
+    """The model of that name as transformers makes it from the numbers of its published configuration."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    s = memory.SHAPES[name]
+    llama = {
+        "hidden_size": s.d_model, "num_hidden_layers": s.n_layers, "num_attention_heads": s.n_heads,
+        "num_key_value_heads": s.n_kv_heads, "head_dim": s.head_dim,
+    }  # fmt: skip
+    llama_2, gemma = llama | {"vocab_size": 32_000}, llama | {"vocab_size": 256_000}
+    falcon = {"hidden_size": s.d_model, "num_hidden_layers": s.n_layers, "num_attention_heads": s.n_heads}
+    latent = {
+        "hidden_size": s.d_model, "num_hidden_layers": s.n_layers, "num_attention_heads": 128,
+        "num_key_value_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "v_head_dim": 128,
+    }  # fmt: skip
+    kind, config = {
+        "gpt-2": ("gpt2", {}),
+        "llama-2-7b": ("llama", llama_2 | {"intermediate_size": 11_008}),
+        "llama-2-13b": ("llama", llama_2 | {"intermediate_size": 13_824}),
+        "llama-2-70b": ("llama", llama_2 | {"intermediate_size": 28_672}),
+        "llama-3-8b": ("llama", llama | {"vocab_size": 128_256, "intermediate_size": 14_336}),
+        "mixtral-8x7b": ("mixtral", llama_2 | {"intermediate_size": 14_336}),
+        "falcon-7b": ("falcon", falcon | {"vocab_size": 65_024}),
+        "falcon-40b": ("falcon", falcon | {"vocab_size": 65_024, "num_kv_heads": 8, "new_decoder_architecture": True}),
+        "gemma-2b": ("gemma", gemma | {"intermediate_size": 16_384}),
+        "gemma-7b": ("gemma", gemma | {"intermediate_size": 24_576}),
+        "gemma-2-2b": ("gemma2", gemma | {"intermediate_size": 9216}),
+        "gemma-2-9b": ("gemma2", gemma | {"intermediate_size": 14_336}),
+        "gemma-2-27b": ("gemma2", gemma | {"intermediate_size": 36_864}),
+        "qwen2.5-7b": ("qwen2", llama | {"vocab_size": 152_064, "intermediate_size": 18_944}),
+        "phi-3-mini-4k": ("phi3", llama | {"vocab_size": 32_064, "intermediate_size": 8192}),
+        "starcoder-15b": ("gpt_bigcode", {
+            "vocab_size": 49_152, "n_positions": 8192, "n_embd": 6144, "n_layer": 40, "n_head": 48, "n_inner": 24_576,
+            "bos_token_id": 0, "eos_token_id": 0,
+        }),
+        "deepseek-v2": ("deepseek_v2", latent | {
+            "vocab_size": 102_400, "intermediate_size": 12_288, "moe_intermediate_size": 1536, "n_routed_experts": 160,
+            "n_shared_experts": 2, "first_k_dense_replace": 1,
+        }),
+        "deepseek-v3": ("deepseek_v3", latent | {
+            "vocab_size": 129_280, "intermediate_size": 18_432, "moe_intermediate_size": 2048, "n_routed_experts": 256,
+            "n_shared_experts": 1, "first_k_dense_replace": 3,
+        }),
+    }[name]  # fmt: skip
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config))
+
+
+@pytest.mark.parametrize("name", sorted(set(memory.SHAPES) - set(PRESETS) - {"palm-540b"}))
+def test_parameters_of_other_families_equal_the_models_of_transformers(name):
+    model, weights = as_transformers(name), memory.SHAPES[name].weights
+    sizes = {parameter: p.shape for parameter, p in model.named_parameters()}
+    assert weights.n_params == sum(size.numel() for size in sizes.values())
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert weights.linear == sum(
+        size.numel() for parameter, size in sizes.items()
+        if len(size) > 1 and not any(part in parameter for part in ("embed", "wte", "wpe"))
+    )  # fmt: skip
+    vocabulary = model.get_input_embeddings().weight.numel()
+    assert (weights.embedding >= vocabulary) == (not tied) and (weights.other > vocabulary) == tied
+
+
+def test_an_int8_scale_goes_with_every_row_of_a_matrix():
+    for name in ("llama-2-7b", "gemma-2-2b", "qwen2.5-7b", "mixtral-8x7b", "deepseek-v3"):
+        rows = 0
+        for parameter, p in as_transformers(name).named_parameters():
+            if p.dim() > 1 and "embed" not in parameter:
+                rows += p.shape[:-1].numel()  # experts lie in one tensor, each with rows of its own
+        assert memory.SHAPES[name].weights.linear_rows == rows
+
+
+def test_palm_has_the_parameters_of_its_paper():
+    assert memory.n_params("palm-540b") == pytest.approx(540.35e9, rel=1e-4)
+
+
+@pytest.mark.parametrize("name, active, routed", [("mixtral-8x7b", 12.9e9, 8), ("deepseek-v2", 21e9, 160), ("deepseek-v3", 37e9, 256)])  # fmt: skip
+def test_a_mixture_of_experts_stores_all_and_a_token_reads_its_own(name, active, routed):
+    weights = memory.SHAPES[name].weights
+    assert weights.n_params - weights.idle == pytest.approx(active, rel=0.03)  # as the model's makers say
+    assert memory.bytes_per_step(name, 0) == 2 * (weights.linear - weights.idle + weights.other)
+    assert memory.weight_bytes(name) == 2 * weights.n_params
+    int8 = memory.bytes_per_step(name, 0, quantize="int8")
+    assert int8 == weights.linear - weights.idle + 2 * (weights.linear_rows - weights.idle_rows + weights.other)
+
+
+def test_every_card_has_a_memory_a_bandwidth_and_a_source():
+    for name, card in memory.CARDS.items():
+        assert card.name == name and card.source
+        assert f"{card.nbytes / 1e9:.0f} GB" in name
+        assert 3e11 <= card.bandwidth < 1e13
+    assert memory.CARDS["H200, 141 GB"].bandwidth / memory.CARDS["H100 SXM, 80 GB"].bandwidth == pytest.approx(1.43, abs=0.01)  # fmt: skip
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -196,11 +291,11 @@ def test_advice_is_enough_when_followed():
 
 def test_compare_gives_a_row_a_model_and_none_for_weights_that_are_not_known():
     config = small(name="mine")
-    rows = memory.compare(["llama-2-7b", "falcon-7b", config, memory.SHAPES["deepseek-v2"]], context=8192, batch=2)
-    assert [row["model"] for row in rows] == ["llama-2-7b", "falcon-7b", "mine", "deepseek-v2"]
+    rows = memory.compare(["llama-2-7b", UNCOUNTED, config, memory.SHAPES["deepseek-v2"]], context=8192, batch=2)
+    assert [row["model"] for row in rows] == ["llama-2-7b", "uncounted", "mine", "deepseek-v2"]
     assert [row["kind"] for row in rows] == ["multi-head", "multi-query", "grouped-query", "latent"]
-    assert [row["weight_bytes"] is None for row in rows] == [False, True, False, True]
-    assert [row["beyond_max_context"] for row in rows] == [True, True, False, False]
+    assert [row["weight_bytes"] is None for row in rows] == [False, True, False, False]
+    assert [row["beyond_max_context"] for row in rows] == [True, False, False, False]
     assert rows[0]["cache_bytes"] == 2 * 8192 * 524_288
 
 
@@ -221,8 +316,8 @@ def test_an_unknown_name_brings_the_near_ones():
         (lambda: memory.eager_map_bytes(V01, 8, layers=33), "layers 1 to 32"),
         (lambda: memory.kv_bytes_per_token(V01, "float8"), "unknown dtype"),
         (lambda: memory.weight_bytes(V01, quantize="int3"), "quantize is None"),
-        (lambda: memory.weight_bytes("falcon-7b"), "only its cache"),
-        (lambda: memory.fits("falcon-7b", 16e9), "only its cache"),
+        (lambda: memory.weight_bytes(UNCOUNTED), "only its cache"),
+        (lambda: memory.fits(UNCOUNTED, 16e9), "only its cache"),
         (lambda: memory.fits(V01, 0), "device_bytes"),
         (lambda: memory.decode_ceiling(V01, 0, 10), "bandwidth"),
         (lambda: memory.as_shape(7), "expected a MistralConfig"),

@@ -274,7 +274,7 @@ def test_a_drawing_goes_to_the_axes_it_is_given():
         (lambda: plots.head_grid(record(), max_tokens=0), ConfigError, "max_tokens"),
         (lambda: plots.lines([1, 2], {"a": [1]}, "x", "y"), ShapeError, "a value for each"),
         (lambda: plots.bars(["a"], [1, 2], "bytes"), ShapeError, "values"),
-        (lambda: plots.stacked_bytes(memory.compare(["falcon-7b"])), ConfigError, "falcon-7b"),
+        (lambda: plots.stacked_bytes(memory.compare([memory.ModelShape("mine", 2, 4, 2, 8)])), ConfigError, "mine"),
     ],
 )
 def test_bad_input_raises_one_error_and_leaves_no_figure_behind(call, error, expected):

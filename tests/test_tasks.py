@@ -1,10 +1,5 @@
 """The small experiments: what they are made of is as said, and the effect that each is there for appears at toy size."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -126,19 +121,6 @@ def test_an_identity_between_sizes_that_differ_is_an_error():
         tasks.Wishes().new_layer(head_dim=16, learned="qk")
 
 
-def test_the_script_for_many_seeds_runs_every_setting_and_writes_nothing_when_quick():
-    benchmarks = Path(__file__).resolve().parents[1] / "benchmarks"
-    before = {path.name: path.read_bytes() for path in (benchmarks / "results").glob("lookup_seeds-*")}
-    done = subprocess.run(
-        [sys.executable, benchmarks / "lookup_seeds.py", "--quick"],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for setting in ("learned nothing, answer_in wish", "payloads repeated", "head_dim 48", "w_q_is_w_k True"):
-        assert setting in done.stdout
-    assert {path.name: path.read_bytes() for path in (benchmarks / "results").glob("lookup_seeds-*")} == before
-
-
 # learn_to_fetch (chapter 3)
 
 TOY = {"n_keys": 8, "n_values": 4, "d_model": 32, "steps": 250}
@@ -173,17 +155,6 @@ def test_a_head_of_one_number_cannot_pick_out_most_places():
 def test_fetching_is_seeded():
     first, same, other = (tasks.learn_to_fetch(2, 2, seed=seed, **TOY | {"steps": 5}) for seed in (1, 1, 2))
     assert np.array_equal(first.share, same.share) and not np.array_equal(first.share, other.share)
-
-
-def test_the_script_for_heads_runs_and_writes_nothing_when_quick():
-    benchmarks = Path(__file__).resolve().parents[1] / "benchmarks"
-    before = {path.name: path.read_bytes() for path in (benchmarks / "results").glob("heads_seeds-*")}
-    done = subprocess.run(
-        [sys.executable, benchmarks / "heads_seeds.py", "--quick"],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0 and "32 heads of 16" in done.stdout, done.stderr
-    assert {path.name: path.read_bytes() for path in (benchmarks / "results").glob("heads_seeds-*")} == before
 
 
 # learn_to_repeat (chapter 4)
@@ -284,14 +255,3 @@ def test_one_period_teaches_a_distance_and_no_induction():
 def test_repeating_is_seeded():
     first, same, other = (tasks.learn_to_repeat(1, seed=seed, **SHORT | {"steps": 3}) for seed in (1, 1, 2))
     assert np.array_equal(first.maps, same.maps) and not np.array_equal(first.maps, other.maps)
-
-
-def test_the_induction_script_runs_every_branch_and_writes_nothing_when_quick():
-    benchmarks = Path(__file__).resolve().parents[1] / "benchmarks"
-    before = {path.name: path.read_bytes() for path in (benchmarks / "results").glob("induction_seeds-*")}
-    done = subprocess.run(
-        [sys.executable, benchmarks / "induction_seeds.py", "--quick"],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0 and "every branch ran" in done.stdout, done.stderr
-    assert {path.name: path.read_bytes() for path in (benchmarks / "results").glob("induction_seeds-*")} == before

@@ -20,6 +20,7 @@ NOTEBOOKS = ROOT / "notebooks"
 KEEP_NOTEBOOK = {"kernelspec", "language_info", "mystnb"}
 KEEP_CELL = {"tags", "mystnb"}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PROCESS = re.compile(r"/tmp/ipykernel_\d+/\d+\.py")
 ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
 
@@ -59,6 +60,8 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
                     output.data[kind] = steady(value)
             if "metadata" in output:
                 output.metadata = {}
+            if len(output.get("data", {})) > 1:  # a widget lives as long as its kernel; what stands beside it stays
+                output.data.pop(WIDGET_VIEW, None)
 
 
 def merged(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:

@@ -1,4 +1,4 @@
-"""The command line: ``attnlab doctor``, ``attnlab generate``, ``attnlab memory``.
+"""The command line: ``attnlab doctor``, ``attnlab generate``, ``attnlab explore``, ``attnlab memory``.
 
 What a command prints goes to stdout; progress, notes and errors go to stderr. Exit codes: 0 done, 1 failed, 2 wrong input,
 130 interrupted. Heavy imports wait until a command needs them, so that ``--help`` is quick.
@@ -29,6 +29,7 @@ FOR = {  # what is missing without it
     "matplotlib": "figures",
     "seaborn": "heat maps",
     "ipywidgets": "knobs in notebooks",
+    "anywidget": "explorers",
 }
 
 
@@ -91,6 +92,7 @@ def attnlab(
     Start with
       attnlab doctor                       is everything here?
       attnlab generate "def"               the model that ships with attnlab writes Python
+      attnlab explore "def f(x):" --out maps.html    every head's attention, in one page
       attnlab memory mistral-7b-v0.1 llama-2-7b --context 32768 --batch 8
     """
     if context.invoked_subcommand is None:
@@ -123,7 +125,7 @@ def generate(
     A prompt should not end with a space: to the model a space belongs to the word that follows, so after "def " it has
     nothing likely left to say, and after "def" it has.
     """
-    text = _read_prompt(prompt)
+    text = _read_text(prompt, 'no prompt came: attnlab generate "def", or pipe one in')
     import attnlab
 
     lm = attnlab.load(model, device=device, dtype=dtype)
@@ -143,18 +145,58 @@ def generate(
         print()
 
 
-def _read_prompt(prompt: str | None) -> str:
+def _read_text(given: str | None, none_came: str) -> str:
     """The argument, or stdin without the line end that echo and editors put there."""
-    if prompt is None and sys.stdin.isatty():
-        raise InputError('no prompt came: attnlab generate "def", or pipe one in')
-    if prompt not in (None, "-"):
-        return prompt
+    if given is None and sys.stdin.isatty():
+        raise InputError(none_came)
+    if given not in (None, "-"):
+        return given
     data = sys.stdin.buffer.read()
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"stdin is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}") from error
     return text.replace("\r\n", "\n").removesuffix("\n")
+
+
+@app.command(short_help="Look at every head's attention over a text.")
+def explore(
+    text: Annotated[str | None, typer.Argument(help="Text to look at; - or nothing reads stdin.")] = None,
+    out: Annotated[Path, typer.Option(help="The page to write: one file that needs nothing else.")] = Path("maps.html"),
+    model: Annotated[str, typer.Option(help='"companion", a folder, or a hub id.')] = "companion",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best one here if not given.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; what suits the device if not given.")
+    ] = None,
+) -> None:
+    """Run a model once over a text and write all its attention maps into one page, which any browser opens offline.
+
+    \b
+    Examples
+      attnlab explore "def add(a, b):" --out maps.html
+      attnlab explore "The cat sat on the mat" --model mistralai/Mistral-7B-v0.1 --out cat.html
+      attnlab explore --out maps.html < some.py
+
+    The text is taken as it stands: no chat template.
+    """
+    text = _read_text(text, 'no text came: attnlab explore "def add(a, b):", or pipe one in')
+    if not text:
+        raise InputError("the text is empty: attnlab explore needs at least one token to look at")
+    out = out.expanduser()
+    if out.is_dir() or not out.parent.is_dir():  # said before the model runs, not after
+        raise InputError(f"cannot write a page to {out}: give a file in a folder that exists")
+    import attnlab
+    from attnlab.explorer.attention import AttentionExplorer, check_size
+
+    lm = attnlab.load(model, device=device, dtype=dtype)
+    L, H, T = lm.config.n_layers, lm.config.n_heads, len(lm.tokenizer.encode(text))
+    check_size(L, H, T, T, causal=True)  # nor this
+    _say(f"{lm.config.name}: {T} tokens, {L} layers × {H} heads")
+    with _waiting("recording"):
+        record = attnlab.record_attention(lm, text)
+    with _waiting("writing the page"):
+        AttentionExplorer(record).save_html(out, title=f"Attention of {record.model_name}")
+    print(f"{out} ({attnlab.memory.human_bytes(out.stat().st_size)})")
 
 
 @app.command(short_help="What models take, side by side.")
@@ -296,7 +338,10 @@ def _machine(to_do: list[str]):
     from attnlab.measure import processor_name
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "processor", f"{processor_name()}; {cores} of {os.cpu_count()} cores for us, torch uses {torch.get_num_threads()}"
+    yield (
+        "processor",
+        f"{processor_name()}; {cores} of {os.cpu_count()} cores for us, torch uses {torch.get_num_threads()}",
+    )
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield "memory", f"{total / 1e9:.1f} GB, {free_bytes('cpu') / 1e9:.1f} GB free"
     for i in range(torch.cuda.device_count()):

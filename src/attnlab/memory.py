@@ -12,7 +12,7 @@ machine does faster than its memory allows.
 """
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,13 +36,16 @@ class Weights:
         linear: elements of the matrices every token is multiplied with, the output matrix among them.
         linear_rows: rows of all those matrices together (an int8 matrix has a scale for each).
         embedding: elements of a matrix that is only looked up: a token reads one row, which the accounts leave out.
-        other: read at every step and never quantized: norms, and a matrix that is both embedding and output.
+        other: read at every step and never quantized: norms, biases, and a matrix that is both embedding and output.
+        idle, idle_rows: of ``linear`` and ``linear_rows``, the experts that a token is not sent to.
     """
 
     linear: int
     linear_rows: int
     embedding: int = 0
     other: int = 0
+    idle: int = 0
+    idle_rows: int = 0
 
     @property
     def n_params(self) -> int:
@@ -59,6 +62,7 @@ class ModelShape:
         latent_dim: elements cached per token and layer in place of keys and values (latent attention).
         weights: None where the parameters were not counted; the accounts of weights then raise ConfigError.
         max_context: tokens the model was made for; None: not stated. The accounts go on beyond it, as arithmetic.
+        d_model: size of a token's vector; the accounts do without it.
         source: where the numbers come from.
 
     Raises ConfigError for sizes below 1, heads that do not divide, or windows that are not one a layer.
@@ -74,11 +78,12 @@ class ModelShape:
     weights: Weights | None = None
     max_context: int | None = None
     source: str = ""
+    d_model: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("n_layers", "head_dim", "latent_dim", "max_context"):
+        for field in ("n_layers", "head_dim", "latent_dim", "max_context", "d_model"):
             size = getattr(self, field)
-            if size is None and field in ("latent_dim", "max_context"):
+            if size is None and field in ("latent_dim", "max_context", "d_model"):
                 continue
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ConfigError(f"{self.name}: {field} must be a whole number of 1 or more; got {size!r}")
@@ -113,23 +118,91 @@ class ModelShape:
     def from_config(cls, config: MistralConfig, **changes) -> "ModelShape":
         """The shape of a Mistral decoder, with its parameters counted as ``Mistral(config)`` makes them."""
         c = config
-        queries, keys = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        linear = c.n_layers * (c.d_model * (2 * queries + 2 * keys) + 3 * c.d_model * c.d_ff)
-        rows = c.n_layers * (queries + 2 * keys + c.d_model + 2 * c.d_ff + c.d_model)
-        vocabulary, norms = c.vocab_size * c.d_model, (2 * c.n_layers + 1) * c.d_model
-        if c.tie_embeddings:
-            weights = Weights(linear, rows, other=norms + vocabulary)
-        else:
-            weights = Weights(linear + vocabulary, rows + c.vocab_size, embedding=vocabulary, other=norms)
+        weights = _decoder_weights(
+            c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.d_model, c.d_ff, c.vocab_size, tie=c.tie_embeddings
+        )
         shape = {
             "name": c.name, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads,
-            "head_dim": c.head_dim, "windows": c.window, "weights": weights, "source": "MistralConfig",
+            "head_dim": c.head_dim, "windows": c.window, "weights": weights, "source": "MistralConfig", "d_model": c.d_model,
         }  # fmt: skip
         return cls(**(shape | changes))
 
 
+def _decoder_weights(
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    d_model: int,
+    d_ff: int,
+    vocab_size: int,
+    *,
+    tie: bool = False,  # one matrix is embedding and output
+    gated: bool = True,  # feed-forward of three matrices; else of two
+    norms: int = 2,  # a layer; one more follows the last
+    norm_bias: bool = False,
+    qkv_bias: bool = False,
+    bias: bool = False,  # on every matrix of a layer
+    positions: int = 0,  # that have a learned vector each
+    experts: tuple[int, int] = (1, 1),  # feed-forward layers beside each other, and how many of them a token is sent to
+) -> Weights:
+    """The parameters of a decoder of attention and feed-forward layers."""
+    queries, keys = n_heads * head_dim, n_kv_heads * head_dim
+    hidden = (2 if gated else 1) * d_ff
+    ff, ff_rows = d_model * (hidden + d_ff), hidden + d_model  # of one expert
+    n_experts, active = experts
+    router = n_experts if n_experts > 1 else 0
+    linear = n_layers * (d_model * (2 * queries + 2 * keys) + n_experts * ff + d_model * router)
+    rows = n_layers * (queries + 2 * keys + d_model + n_experts * ff_rows + router)
+    biases = (queries + 2 * keys) * (qkv_bias or bias) + (d_model + ff_rows) * bias
+    other = n_layers * biases + (norms * n_layers + 1) * d_model * (2 if norm_bias else 1)
+    idle, idle_rows = (n_layers * (n_experts - active) * of_one for of_one in (ff, ff_rows))
+    vocabulary, looked_up = vocab_size * d_model, positions * d_model
+    if tie:
+        return Weights(linear, rows, looked_up, other + vocabulary, idle, idle_rows)
+    return Weights(linear + vocabulary, rows + vocab_size, looked_up + vocabulary, other, idle, idle_rows)
+
+
+def _decoder(
+    name: str, n_layers: int, n_heads: int, n_kv_heads: int, head_dim: int, d_model: int, d_ff: int, vocab_size: int,
+    windows: int | tuple[int | None, ...] | None = None, *, max_context: int, source: str, **parts,
+) -> ModelShape:  # fmt: skip
+    """A published shape with its parameters counted."""
+    weights = _decoder_weights(n_layers, n_heads, n_kv_heads, head_dim, d_model, d_ff, vocab_size, **parts)
+    return ModelShape(
+        name, n_layers, n_heads, n_kv_heads, head_dim, windows,
+        weights=weights, max_context=max_context, source=source, d_model=d_model,
+    )  # fmt: skip
+
+
+def _deepseek(
+    name: str, n_layers: int, n_dense: int, d_model: int, d_ff: int, expert_ff: int, experts: int, shared: int,
+    active: int, vocab_size: int,
+) -> ModelShape:  # fmt: skip
+    """DeepSeek V2 and V3, which differ in these numbers: latent attention, and experts in all but the first layers.
+
+    Left out: V3's layer that predicts a second token, and its 14,848 router biases.
+    """
+    n_heads, head_dim, rope_dim, q_rank, kv_rank = 128, 128, 64, 1536, 512
+    q, kv = n_heads * (head_dim + rope_dim), n_heads * 2 * head_dim
+    attention = d_model * (q_rank + kv_rank + rope_dim + n_heads * head_dim) + q_rank * q + kv_rank * kv
+    attention_rows = q_rank + q + kv_rank + rope_dim + kv + d_model
+    expert, expert_rows = 3 * d_model * expert_ff, 2 * expert_ff + d_model
+    n_routed = n_layers - n_dense
+    linear = n_layers * attention + n_dense * 3 * d_model * d_ff
+    linear += n_routed * ((experts + shared) * expert + d_model * experts) + vocab_size * d_model
+    rows = n_layers * attention_rows + n_dense * (2 * d_ff + d_model)
+    rows += n_routed * (experts * expert_rows + 2 * shared * expert_ff + d_model + experts) + vocab_size
+    norms = n_layers * (2 * d_model + q_rank + kv_rank) + d_model
+    idle, idle_rows = (n_routed * (experts - active) * of_one for of_one in (expert, expert_rows))
+    return ModelShape(
+        name, n_layers, n_heads, n_heads, head_dim, latent_dim=kv_rank + rope_dim,
+        weights=Weights(linear, rows, vocab_size * d_model, norms, idle, idle_rows), d_model=d_model,
+        source="deepseek-ai/DeepSeek-V3 inference/configs @9b4e978; arXiv 2405.04434",
+    )  # fmt: skip
+
+
 _LITGPT = "Lightning-AI/litgpt litgpt/config.py @2685705 line "
-_DEEPSEEK = "deepseek-ai/DeepSeek-V3 inference/configs; arXiv 2405.04434"
 
 
 def _alternating(n_layers: int, window: int) -> tuple[int | None, ...]:
@@ -137,36 +210,76 @@ def _alternating(n_layers: int, window: int) -> tuple[int | None, ...]:
     return tuple(window if layer % 2 == 0 else None for layer in range(n_layers))
 
 
-# Llama 2 7B is the same decoder with other numbers, so its parameters are counted the same way.
-_LLAMA_2_7B = MistralConfig(
-    vocab_size=32_000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, d_ff=11_008, name="llama-2-7b"
-)  # fmt: skip
-
+# Layers, query heads, K/V heads, head dim; d_model, d_ff, vocabulary. What a family has beside that stands at the end.
+_GPT = {"tie": True, "gated": False, "norm_bias": True, "bias": True}
+_FALCON = {"tie": True, "gated": False, "norm_bias": True}
+_GEMMA_2 = {"tie": True, "norms": 4, "max_context": 8192}
 SHAPES: dict[str, ModelShape] = {
     shape.name: shape
     for shape in (
-        ModelShape("gpt-2", 12, 12, 12, 64, max_context=1024, source="karpathy/nanoGPT model.py line 217"),
-        ModelShape.from_config(_LLAMA_2_7B, max_context=4096, source=_LITGPT + "698"),
-        ModelShape("llama-2-13b", 40, 40, 40, 128, max_context=4096, source=_LITGPT + "712"),
-        ModelShape("llama-2-70b", 80, 64, 8, 128, max_context=4096, source=_LITGPT + "728"),
-        ModelShape("llama-3-8b", 32, 32, 8, 128, max_context=8192, source=_LITGPT + "758"),
+        _decoder("gpt-2", 12, 12, 12, 64, 768, 3072, 50_257, max_context=1024, positions=1024, **_GPT,
+                 source="karpathy/nanoGPT model.py line 217"),
+        _decoder("llama-2-7b", 32, 32, 32, 128, 4096, 11_008, 32_000, max_context=4096, source=_LITGPT + "698"),
+        _decoder("llama-2-13b", 40, 40, 40, 128, 5120, 13_824, 32_000, max_context=4096, source=_LITGPT + "712"),
+        _decoder("llama-2-70b", 80, 64, 8, 128, 8192, 28_672, 32_000, max_context=4096, source=_LITGPT + "728"),
+        _decoder("llama-3-8b", 32, 32, 8, 128, 4096, 14_336, 128_256, max_context=8192, source=_LITGPT + "758"),
         ModelShape.from_config(PRESETS["mistral-7b-v0.1"], max_context=32_768, source="arXiv 2310.06825, table 1"),
         ModelShape.from_config(PRESETS["mistral-7b-v0.2"], max_context=32_768, source=_LITGPT + "2076"),
         ModelShape.from_config(PRESETS["mistral-7b-v0.3"], max_context=32_768, source=_LITGPT + "2095"),
-        ModelShape("mixtral-8x7b", 32, 32, 8, 128, max_context=32_768, source=_LITGPT + "2009"),
-        ModelShape("falcon-7b", 32, 71, 1, 64, max_context=2048, source=_LITGPT + "487"),
-        ModelShape("falcon-40b", 60, 128, 8, 64, max_context=2048, source=_LITGPT + "503"),
-        ModelShape("gemma-2b", 18, 8, 1, 256, max_context=8192, source=_LITGPT + "1073"),
-        ModelShape("gemma-7b", 28, 16, 16, 256, max_context=8192, source=_LITGPT + "1092"),
-        ModelShape("gemma-2-2b", 26, 8, 4, 256, _alternating(26, 4096), source=_LITGPT + "1111"),
-        ModelShape("gemma-2-9b", 42, 16, 8, 256, _alternating(42, 4096), source=_LITGPT + "1139"),
-        ModelShape("gemma-2-27b", 46, 32, 16, 128, _alternating(46, 4096), source=_LITGPT + "1167"),
-        ModelShape("qwen2.5-7b", 28, 28, 4, 128, max_context=131_072, source=_LITGPT + "2327"),
-        ModelShape("phi-3-mini-4k", 32, 32, 32, 96, 2048, max_context=4096, source=_LITGPT + "1817"),
-        ModelShape("starcoder-15b", 40, 48, 1, 128, max_context=8192, source="bigcode/starcoder config.json"),
-        ModelShape("palm-540b", 118, 48, 1, 256, max_context=2048, source="arXiv 2204.02311, table 1"),
-        ModelShape("deepseek-v2", 60, 128, 128, 128, latent_dim=512 + 64, source=_DEEPSEEK),
-        ModelShape("deepseek-v3", 61, 128, 128, 128, latent_dim=512 + 64, source=_DEEPSEEK),
+        _decoder("mixtral-8x7b", 32, 32, 8, 128, 4096, 14_336, 32_000, max_context=32_768, experts=(8, 2),
+                 source=_LITGPT + "2009"),
+        _decoder("falcon-7b", 32, 71, 1, 64, 4544, 18_176, 65_024, max_context=2048, norms=1, **_FALCON,
+                 source=_LITGPT + "487"),
+        _decoder("falcon-40b", 60, 128, 8, 64, 8192, 32_768, 65_024, max_context=2048, **_FALCON,
+                 source=_LITGPT + "503"),
+        _decoder("gemma-2b", 18, 8, 1, 256, 2048, 16_384, 256_000, max_context=8192, tie=True, source=_LITGPT + "1073"),
+        _decoder("gemma-7b", 28, 16, 16, 256, 3072, 24_576, 256_000, max_context=8192, tie=True,
+                 source=_LITGPT + "1092"),
+        _decoder("gemma-2-2b", 26, 8, 4, 256, 2304, 9216, 256_000, _alternating(26, 4096), **_GEMMA_2,
+                 source=_LITGPT + "1111"),
+        _decoder("gemma-2-9b", 42, 16, 8, 256, 3584, 14_336, 256_000, _alternating(42, 4096), **_GEMMA_2,
+                 source=_LITGPT + "1139"),
+        _decoder("gemma-2-27b", 46, 32, 16, 128, 4608, 36_864, 256_000, _alternating(46, 4096), **_GEMMA_2,
+                 source=_LITGPT + "1167"),
+        _decoder("qwen2.5-7b", 28, 28, 4, 128, 3584, 18_944, 152_064, max_context=131_072, qkv_bias=True,
+                 source=_LITGPT + "2327"),
+        _decoder("phi-3-mini-4k", 32, 32, 32, 96, 3072, 8192, 32_064, 2048, max_context=4096, source=_LITGPT + "1817"),
+        _decoder("starcoder-15b", 40, 48, 1, 128, 6144, 24_576, 49_152, max_context=8192, positions=8192, **_GPT,
+                 source="bigcode/starcoder config.json"),
+        _decoder("palm-540b", 118, 48, 1, 256, 18_432, 73_728, 256_000, max_context=2048, tie=True, norms=1,
+                 source="arXiv 2204.02311, section 2 and table 1"),
+        _deepseek("deepseek-v2", 60, 1, 5120, 12_288, 1536, 160, 2, 6, 102_400),
+        _deepseek("deepseek-v3", 61, 3, 7168, 18_432, 2048, 256, 1, 8, 129_280),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device: its memory in bytes, and the bytes a second that its maker says it reads at most."""
+
+    name: str
+    nbytes: int
+    bandwidth: float
+    source: str = ""
+
+
+# The makers' GB are taken as 10⁹ bytes; most cards hold some percent more, and a driver keeps some for itself.
+CARDS: dict[str, Card] = {
+    card.name: card
+    for card in (
+        Card("T4, 16 GB", 16 * 10**9, 320e9, "sysrqmts.com/gpus/compare/nvidia-a100-sxm4-40-gb-vs-nvidia-tesla-t4"),
+        Card("L4, 24 GB", 24 * 10**9, 300e9, "store.sourcecode.com/en-us/bg-bucket-compare/125/9820"),
+        Card("RTX 4090, 24 GB", 24 * 10**9, 1008e9, "384 bit × 21 Gbit/s: notebookcheck.pl 677670"),
+        Card("L40S, 48 GB", 48 * 10**9, 864e9, "store.sourcecode.com/en-us/bg-bucket-compare/125/9820"),
+        Card("A100 SXM, 80 GB", 80 * 10**9, 2039e9, "NVIDIA's datasheet, in glennklockwood.com/garden/processors/A100"),
+        Card(
+            "H100 SXM, 80 GB",
+            80 * 10**9,
+            3350e9,
+            "massivegrid.com/blog/nvidia-h100-vs-h200-key-differences-in-performance-memory-ai-power",
+        ),
+        Card("H200, 141 GB", 141 * 10**9, 4800e9, "NVIDIA/TensorRT-LLM docs/source/blogs/H200launch.md @1555478"),
     )
 }
 
@@ -265,7 +378,8 @@ def bytes_per_step(
     """Bytes read to decode one token for each of ``batch`` rows that have ``context`` tokens behind them (0: none yet).
 
     All weights but the embedding's rows, once for the whole batch, and every row's cache. One row of the embedding, some
-    kilobytes, is left out. A matrix that is also the output is read in full.
+    kilobytes, is left out. A matrix that is also the output is read in full. Of a mixture of experts only those of one
+    token count, which is the least: rows that are sent to others read those too.
 
     >>> bytes_per_step("mistral-7b-v0.2", 1000) == 14_221_320_192 + 131_072 * 1000
     True
@@ -274,7 +388,8 @@ def bytes_per_step(
     weights = _weights(shape)
     _check_count("batch", batch)
     cache = kv_cache_bytes(shape, context, batch, dtype) if context else 0
-    return weights.other * size + _linear_bytes(weights, size, quantize) + cache
+    read = replace(weights, linear=weights.linear - weights.idle, linear_rows=weights.linear_rows - weights.idle_rows)
+    return read.other * size + _linear_bytes(read, size, quantize) + cache
 
 
 def decode_ceiling(
@@ -484,10 +599,9 @@ def _usable(device: int, reserve: int | None) -> int:
 
 def _weights(shape: ModelShape) -> Weights:
     if shape.weights is None:
-        known = [name for name, other in SHAPES.items() if other.weights is not None]
         raise ConfigError(
-            f"the parameters of {shape.name} are not counted here, only its cache; "
-            f"weights are known for a MistralConfig and for {', '.join(known)}"
+            f"the parameters of {shape.name} are not counted here, only its cache; make its ModelShape with weights, "
+            f"or take one of {', '.join(SHAPES)}"
         )
     return shape.weights
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SIZE = (4.8, 3.2)  # inches
 MAP = "cividis"  # for maps: even in lightness, and the same to most colour-blind eyes
+SIGNED_MAP = "PuOr"  # for numbers of both signs: light where they are 0, and its two ends differ to colour-blind eyes
 GROUND, INK, FAINT = "#ffffff", "#1a1a1a", "#8a8a8a"
 # From viridis, where it is dark enough to stand out from the ground by 3:1; with them a stroke, a marker and a hatch.
 COLOURS = ("#440154", "#3b528b", "#21918c", "#7a5195", "#2d708e")

@@ -85,7 +85,7 @@ def test_there_is_mathematics_to_draw(html):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_image_is_there_and_says_what_it_shows(visit, name):
-    for image in visit(name, **WIDE).page.locator("article img").all():
+    for image in visit(name, **WIDE).page.locator("article img:not([data-explorer] img):visible").all():
         alt, source = image.get_attribute("alt") or "", image.get_attribute("src")
         assert len(alt) >= 10 and not re.search(r"\.(png|svg|jpe?g)$", alt), source
         image.scroll_into_view_if_needed()
@@ -162,7 +162,7 @@ CONTRAST = """selector => {
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("notebooks/")])
 def test_figures_keep_a_light_ground_in_the_dark(visit, name):
-    figures = visit(name, **DARK).page.locator(".cell_output img").all()
+    figures = visit(name, **DARK).page.locator(".cell_output img:not([data-explorer] img)").all()
     assert figures
     for figure in figures:
         assert figure.evaluate("image => getComputedStyle(image).backgroundColor") == "rgb(255, 255, 255)"

@@ -1,0 +1,109 @@
+"""In JupyterLab: the widget where a kernel answers, and the still picture of a notebook that nobody has run."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import nbformat
+import pytest
+
+from attnlab.explorer import DotProductExplorer
+
+pytestmark = pytest.mark.browser
+v4 = nbformat.v4
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+
+
+def free_port() -> int:
+    with socket.socket() as it:
+        it.bind(("127.0.0.1", 0))
+        return it.getsockname()[1]
+
+
+def write(path, *cells) -> None:
+    nbformat.write(v4.new_notebook(cells=list(cells), metadata=KERNEL), path)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """Address of a JupyterLab with settings of its own, over two notebooks."""
+    home = tmp_path_factory.mktemp("lab")
+    (home / "notebooks").mkdir()
+    write(
+        home / "notebooks" / "live.ipynb",
+        v4.new_code_cell("from attnlab.explorer import DotProductExplorer\nexplorer = DotProductExplorer()\nexplorer"),
+        v4.new_code_cell(
+            "explorer.data = {**explorer.data, 'labels': ['<img src=x onerror=window.hacked=1>', 'b', 'c']}"
+        ),
+    )
+    data = {"text/html": DotProductExplorer().figure_html(), "text/plain": "DotProductExplorer()"}
+    output = v4.new_output("execute_result", data=data, execution_count=1)
+    write(
+        home / "notebooks" / "still.ipynb",
+        v4.new_code_cell("DotProductExplorer()", execution_count=1, outputs=[output]),
+    )
+
+    port = free_port()
+    folders = {f"JUPYTER_{name}_DIR": str(home / name) for name in ("CONFIG", "DATA", "RUNTIME")}
+    folders |= {f"JUPYTERLAB_{name}_DIR": str(home / name) for name in ("SETTINGS", "WORKSPACES")}
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={home / 'notebooks'}",
+        "--LabApp.expose_app_in_browser=True",
+        "--LabApp.news_url=",
+    ]
+    with (home / "log").open("w") as log:
+        command = [sys.executable, "-m", "jupyterlab", *options]
+        server = subprocess.Popen(command, env={**os.environ, **folders}, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(200):
+            try:
+                urllib.request.urlopen(f"{address}/api", timeout=5).close()
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert server.poll() is None, (home / "log").read_text()
+                time.sleep(0.2)
+        yield address
+    finally:
+        server.terminate()  # and its kernels with it
+        server.wait(timeout=30)
+
+
+def test_the_widget_draws_itself_and_takes_new_data(browser, lab):
+    page = browser.new_page()
+    strangers = []
+    page.on("request", lambda request: request.url.startswith((lab, "data:", "blob:")) or strangers.append(request.url))
+    page.goto(f"{lab}/doc/tree/live.ipynb")
+    kernel = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status"
+    page.wait_for_function(f"{kernel} === 'idle'", timeout=60_000)
+    page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.wait_for_selector("[data-explorer=dot-product][data-ready=true]", timeout=60_000)
+    page.wait_for_selector("tbody th:has-text('<img src=x onerror=window.hacked=1>')", timeout=60_000)
+    assert page.locator("[data-explorer]").count() == 1
+    assert page.evaluate("window.hacked") is None
+    page.focus("[data-explorer] .dot-handle")
+    page.keyboard.press("ArrowRight")
+    assert page.get_attribute("[data-explorer] .dot-handle", "aria-valuetext") == "x 1.60, y 1.00"
+    assert strangers == []
+    page.close()
+
+
+def test_a_notebook_that_nobody_has_run_shows_the_picture(browser, lab):
+    page = browser.new_page()
+    page.goto(f"{lab}/doc/tree/still.ipynb")
+    picture = page.locator(".jp-OutputArea-output figure img")
+    picture.wait_for(timeout=60_000)
+    assert picture.evaluate("async image => { await image.decode(); return image.naturalWidth; }") > 300
+    assert len(picture.get_attribute("alt")) > 20
+    assert '"dims"' not in page.inner_text(".jp-OutputArea-output")  # the data are not shown
+    page.close()
