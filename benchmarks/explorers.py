@@ -3,11 +3,14 @@
 python benchmarks/explorers.py            writes results/explorers-<machine>.json
 python benchmarks/explorers.py --quick    a small record, once, no record on disk
 
+A page of the book holds what is large in files of their own, which it fetches when they are opened; a saved file holds all.
+
 The weights are random: 8-bit bytes of them compress worse than a trained model's, so these are upper bounds. Milliseconds of
 painting are those until the browser's main thread has painted the frame; the processor draws it, no GPU.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -109,32 +112,47 @@ def open_and_hover(browser, path: Path) -> dict[str, float]:
         page.close()
 
 
+def as_on_a_page(file: Path) -> Path:
+    """A saved file's copy whose large data lie beside it, as the book's own extension splits them off."""
+    spec = importlib.util.spec_from_file_location("book_explorers", ROOT / "book" / "_ext" / "explorers.py")
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    data = file.parent / "data"
+    text = extension.FIGURE.sub(
+        lambda found: found[1] + extension.split(found[3], data) + found[4], file.read_text(encoding="utf-8")
+    )
+    page = file.with_stem(f"{file.stem}-page")
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
 def measure(browser, records: list[AttentionRecord], repetitions: int, folder: Path) -> list[dict]:
-    paths = {}
+    pages = {}  # (form, tokens) → its file
     for record in records:
-        paths[len(record.key_tokens)] = AttentionExplorer(record).save_html(
-            folder / f"{len(record.key_tokens)}.html", title="Random weights"
-        )
+        n = len(record.key_tokens)
+        file = AttentionExplorer(record).save_html(folder / f"{n}.html", title="Random weights")
+        pages |= {("one file", n): file, ("page of a book", n): as_on_a_page(file)}
     empty = folder / "empty.html"
     empty.write_text('<!doctype html><title>Empty</title><p data-ready="true">Nothing</p>', encoding="utf-8")
-    calls = {n: lambda path=path: open_and_hover(browser, path) for n, path in paths.items()}
+    calls = {page: lambda path=path: open_and_hover(browser, path) for page, path in pages.items()}
     runs = interleave({"empty": lambda: open_empty(browser, empty), **calls}, repetitions)
-    rows = [{"page": "an empty one", "first_paint_ms": spread(runs["empty"])}]
+    rows = [{"form": "an empty page", "first_paint_ms": spread(runs["empty"])}]
     for record in records:
         n = len(record.key_tokens)
         data = AttentionExplorer(record).data
-        rows.append(
-            {
-                "page": "an explorer",
-                "heads": record.weights.shape[0] * record.weights.shape[1],
-                "tokens": n,
-                "bytes": len(json.dumps(data, separators=(",", ":"))),
-                "as_json_numbers_bytes": json_bytes(record),
-                "first_paint_ms": spread([run["first paint"] for run in runs[n]]),
-                "hover_a_token_ms": spread([run["token"] for run in runs[n]]),
-                "hover_a_weight_ms": spread([run["cell"] for run in runs[n]]),
-            }
-        )
+        for form in ("one file", "page of a book"):
+            rows.append(
+                {
+                    "form": form,
+                    "heads": record.weights.shape[0] * record.weights.shape[1],
+                    "tokens": n,
+                    "bytes": len(json.dumps(data, separators=(",", ":"))),
+                    "as_json_numbers_bytes": json_bytes(record),
+                    "first_paint_ms": spread([run["first paint"] for run in runs[form, n]]),
+                    "hover_a_token_ms": spread([run["token"] for run in runs[form, n]]),
+                    "hover_a_weight_ms": spread([run["cell"] for run in runs[form, n]]),
+                }
+            )
     return rows
 
 
@@ -153,7 +171,7 @@ def targets(rows: list[dict]) -> list[dict]:
         for what, most in asked.items():
             value = row[what]["median"] if isinstance(row[what], dict) else row[what]
             if most is not None:
-                found.append({"tokens": row["tokens"], "what": what, "at_most": most, "measured": value,
+                found.append({"form": row["form"], "tokens": row["tokens"], "what": what, "at_most": most, "measured": value,
                               "reached": value <= most})  # fmt: skip
     return found
 
@@ -171,9 +189,7 @@ def main() -> int:
         print(MISSING, file=sys.stderr)
         return 1
     shape = (2, 4, 2) if args.quick else (32, 32, 8)
-    busy = round(
-        os.getloadavg()[0], 1
-    )  # processes that ran or waited: beyond the cores, times are the machine's, not ours
+    busy = round(os.getloadavg()[0], 1)  # processes that ran or waited: beyond the cores, times are the machine's
     records = [random_record(*shape, n_tokens) for n_tokens in ((8,) if args.quick else (24, 64))]
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
@@ -183,7 +199,7 @@ def main() -> int:
     print(f"an empty page: first_paint_ms {rows[0]['first_paint_ms']['median']:.1f}")
     for row in rows[1:]:
         times = ", ".join(f"{key} {row[key]['median']:.1f}" for key in row if key.endswith("_ms"))
-        print(f"{row['heads']} heads, {row['tokens']} tokens: {row['bytes']:,} bytes, {times}")
+        print(f"{row['heads']} heads, {row['tokens']} tokens, {row['form']}: {row['bytes']:,} bytes, {times}")
     if args.quick:
         return 0
     described = machine()

@@ -93,7 +93,7 @@ def test_the_explorers_targets_are_those_of_the_size_that_was_measured(script):
 
     def row(tokens, nbytes, milliseconds):
         times = {"median": milliseconds, "min": 1, "max": 999, "repetitions": 3}
-        return {"heads": 1024, "tokens": tokens, "bytes": nbytes, "first_paint_ms": times,
+        return {"form": "one file", "heads": 1024, "tokens": tokens, "bytes": nbytes, "first_paint_ms": times,
                 "hover_a_token_ms": times, "hover_a_weight_ms": times}  # fmt: skip
 
     found = explorers.targets([row(24, 600_000, 10), row(64, 600_000, 200)])

@@ -278,7 +278,7 @@ async function attentionExplorer(data, el) {
     class: "attention-heads", role: "group", "aria-label": "All heads: arrow keys move, Enter opens one",
   });
   let headButtons = []; // in the order shown
-  let adding = null; // the timer of those that come later
+  let builds = 0; // how often they were built: what was still to come of an earlier time is dropped
 
   function ordered() {
     const all = everyLayer.flatMap((layer) => Array.from({ length: perLayer() }, (_, index) => [layer, index]));
@@ -313,6 +313,9 @@ async function attentionExplorer(data, el) {
     return rows;
   }
 
+  /* Once what is drawn now has been seen: at the start of the frame after its own. */
+  const afterFrame = (act) => requestAnimationFrame(() => requestAnimationFrame(() => closed || act()));
+
   /* A thousand thumbnails take longer than a frame: what is in view comes first, the rest while the page already answers. */
   function buildHeads() {
     const all = ordered();
@@ -328,8 +331,8 @@ async function attentionExplorer(data, el) {
       paintSoon(made, 25);
     };
     add(all.slice(0, first));
-    clearTimeout(adding);
-    if (all.length > first) adding = setTimeout(() => closed || add(all.slice(first)), 50);
+    const build = ++builds;
+    if (all.length > first) afterFrame(() => build === builds && add(all.slice(first)));
   }
 
   function paintSoon(waiting, milliseconds) {
@@ -337,7 +340,7 @@ async function attentionExplorer(data, el) {
     let next = 0;
     while (next < waiting.length && performance.now() < until) paint(waiting[next++]);
     const left = waiting.slice(next);
-    if (left.length) setTimeout(() => !closed && left[0].isConnected && paintSoon(left, 10), 25);
+    if (left.length) afterFrame(() => left[0].isConnected && paintSoon(left, 10));
   }
 
   function paint({ picture, layer, index }) {
@@ -814,14 +817,15 @@ async function attentionExplorer(data, el) {
     if (!closed) paintSoon(headButtons.filter((button) => waiting.includes(button.layer)), 10);
   }
 
+  const wanted = fetchLayers(state.layer);
   if (data.thumbnails) pooled = await inflate(await part(data, "thumbnails"));
   else await Promise.allSettled(everyLayer.slice(0, inView).map((layer) => fetchLayers(layer)));
-  await fetchLayers(state.layer);
+  await wanted;
   el.replaceChildren(controls, heads, trouble, whole, allTable);
   buildHeads();
   drawHead();
   watch.observe(texts);
-  if (!pooled) setTimeout(fetchRest, 50);
+  if (!pooled) afterFrame(fetchRest);
 
   return () => {
     closed = true;
