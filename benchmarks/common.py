@@ -1,5 +1,6 @@
 """What every benchmark shares: the machine, the versions, interleaved repetitions, and records on disk."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -19,8 +20,39 @@ sys.path.insert(0, str(HERE.parent / "src"))  # a machine with a GPU may have to
 
 import torch  # noqa: E402
 
-from attnlab.errors import CheckpointError, ConfigError  # noqa: E402
+from attnlab.errors import AttnlabError, CheckpointError, ConfigError  # noqa: E402
 from attnlab.measure import processor_name  # noqa: E402
+
+
+def options(doc: str, quick: str, **counts: int | None) -> argparse.Namespace:
+    """--quick (``quick`` says what it does), --overwrite, --commit; and numbers of 1 or more, with their defaults."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"{quick}, no record")
+    for name, default in counts.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"how many ({default or 'as torch chooses'})")
+    parser.add_argument("--overwrite", action="store_true", help="replace a record even of another machine")
+    parser.add_argument("--commit", help="the tree's commit, where git can't tell")
+    args = parser.parse_args()
+    for name in counts:
+        if (n := getattr(args, name)) is not None and n < 1:
+            parser.error(f"--{name} is 1 or more")
+    return args
+
+
+def keep(script: str, args: argparse.Namespace, content: dict) -> None:
+    """The record of a script that was run with ``options``."""
+    described = machine()
+    path = record_path(script, described)
+    write_record(path, {"script": script, "machine": described, **provenance(args.commit), **content}, args.overwrite)
+    print(f"written: results/{path.name}")
+
+
+def script(main: Callable[[], int | None]) -> None:
+    """A script's end: what a user can mend is said in one line."""
+    try:
+        sys.exit(main())
+    except AttnlabError as error:
+        sys.exit(f"error: {error}")
 
 
 def machine(device: str = "cpu") -> dict:

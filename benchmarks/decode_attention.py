@@ -14,15 +14,11 @@ Targets: with 8 K/V heads at least 3 times as fast as with 32, with 1 at least 8
     python benchmarks/decode_attention.py --quick    seconds; checks that the forms agree, writes nothing
 """
 
-import argparse
-import sys
-
 import torch
 import torch.nn.functional as F
-from common import interleave, machine, provenance, ratios, record_path, spread, timed, write_record
+from common import interleave, keep, options, ratios, script, spread, timed
 
 from attnlab import scaled_dot_product_attention
-from attnlab.errors import AttnlabError
 from attnlab.measure import peak_bytes
 
 SPEED_TARGETS = {8: 3.0, 1: 8.0}
@@ -116,15 +112,7 @@ def show(result: dict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="toy size: check the forms against each other, no record")
-    parser.add_argument("--repetitions", type=int, default=15, help="rounds, after one to warm up (15)")
-    parser.add_argument("--threads", type=int, help="torch's threads (its own choice)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a record even of another machine")
-    parser.add_argument("--commit", help="the tree's commit, where git can't tell")
-    args = parser.parse_args()
-    if args.repetitions < 1 or (args.threads is not None and args.threads < 1):
-        parser.error("--repetitions and --threads are 1 or more")
+    args = options(__doc__, "toy size: check the forms against each other", repetitions=15, threads=None)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.quick:
@@ -137,16 +125,9 @@ def main() -> int:
     for verdict in result["verdicts"]:
         state = "reached" if verdict["reached"] else "NOT reached"
         print(f"{verdict['what']}: {verdict['measured']:.3g} (target {verdict['target']:g}): {state}")
-    described = machine()
-    path = record_path("decode_attention", described)
-    record = {"script": "decode_attention", "machine": described, **provenance(args.commit), **result}
-    write_record(path, record, args.overwrite)
-    print(f"written: results/{path.name}")
+    keep("decode_attention", args, result)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except AttnlabError as error:
-        sys.exit(f"error: {error}")
+    script(main)

@@ -9,7 +9,6 @@ The weights are random: 8-bit bytes of them compress worse than a trained model'
 painting are those until the browser's main thread has painted the frame; the processor draws it, no GPU.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -19,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import interleave, machine, provenance, record_path, spread, write_record
+from common import interleave, keep, options, script, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -177,10 +176,7 @@ def targets(rows: list[dict]) -> list[dict]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small record, once, no record on disk")
-    parser.add_argument("--overwrite", action="store_true", help="replace a record even of another machine")
-    args = parser.parse_args()
+    args = options(__doc__, "a small record, once")
 
     from chromium import FLAGS, MISSING, find
     from playwright.sync_api import sync_playwright
@@ -202,16 +198,10 @@ def main() -> int:
         print(f"{row['heads']} heads, {row['tokens']} tokens, {row['form']}: {row['bytes']:,} bytes, {times}")
     if args.quick:
         return 0
-    described = machine()
-    path = record_path("explorers", described)
-    found = provenance()
-    found["versions"]["chromium"] = version
-    record = {"script": "explorers", "machine": described, **found, "weights": "random", "load_average_at_start": busy, "rows": rows,
-              "targets": targets(rows[1:])}  # fmt: skip
-    write_record(path, record, args.overwrite)
-    print(f"written: results/{path.name}")
+    content = {"chromium": version, "weights": "random", "load_average_at_start": busy, "rows": rows}
+    keep("explorers", args, content | {"targets": targets(rows[1:])})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main)

@@ -8,12 +8,8 @@ the steps; and head_dim apart from n_heads, where parameters are no longer equal
     python benchmarks/heads_seeds.py --quick    seconds, a few steps of one seed; writes nothing
 """
 
-import argparse
-import sys
+from common import keep, options, script, spread
 
-from common import machine, provenance, record_path, spread, write_record
-
-from attnlab.errors import AttnlabError
 from attnlab.tasks import learn_to_fetch
 
 HEADS = (1, 2, 4, 8, 16, 32, 64)
@@ -55,14 +51,7 @@ def show(row: dict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few steps of one seed, no record")
-    parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a record even of another machine")
-    parser.add_argument("--commit", help="the tree's commit, where git can't tell")
-    args = parser.parse_args()
-    if args.seeds < 1:
-        parser.error("--seeds is 1 or more")
+    args = options(__doc__, "a few steps of one seed", seeds=5)
     if args.quick:
         for asked in (runs()[0], runs()[-1]):
             show(measure(asked, seeds=1, steps=3))
@@ -72,23 +61,10 @@ def main() -> int:
     for asked in runs():
         rows.append(measure(asked, args.seeds))
         show(rows[-1])
-    described = machine()
-    path = record_path("heads_seeds", described)
     setting = {"d_model": 64, "n_keys": 32, "n_values": 16, "batch": 16, "optimizer": "Adam"}
-    record = {
-        "script": "heads_seeds",
-        "machine": described,
-        **provenance(args.commit),
-        "setting": setting,
-        "rows": rows,
-    }
-    write_record(path, record, args.overwrite)
-    print(f"written: results/{path.name}")
+    keep("heads_seeds", args, {"setting": setting, "rows": rows})
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except AttnlabError as error:
-        sys.exit(f"error: {error}")
+    script(main)

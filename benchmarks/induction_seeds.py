@@ -8,15 +8,11 @@ values read the embedding alone. And the same two depths trained on a single per
     python benchmarks/induction_seeds.py --quick    seconds, a few steps of one seed; writes nothing
 """
 
-import argparse
-import sys
-
 import numpy as np
 import torch
-from common import machine, provenance, record_path, write_record
+from common import keep, options, script
 
 from attnlab import heads
-from attnlab.errors import AttnlabError
 from attnlab.tasks import Repeating, learn_to_repeat, reading_the_embedding, repeats, second_copy
 
 VARIED, FIXED = (8, 24), (16, 16)
@@ -100,14 +96,7 @@ def show(row: dict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few steps of one seed, no record")
-    parser.add_argument("--seeds", type=int, default=8, help="how many (8)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a record even of another machine")
-    parser.add_argument("--commit", help="the tree's commit, where git can't tell")
-    args = parser.parse_args()
-    if args.seeds < 1:
-        parser.error("--seeds is 1 or more")
+    args = options(__doc__, "a few steps of one seed", seeds=8)
     if args.quick:
         show(measure_seed(0, steps=4))
         print("every branch ran; too few steps to mean anything, and nothing was recorded")
@@ -120,22 +109,9 @@ def main() -> int:
         "d_model": 64, "vocab_size": 64, "n_heads": 4, "steps": 240, "steps_of_one_period": 120, "batch": 64,
         "periods": VARIED, "one_period": FIXED[0], "other_periods": OTHER_PERIODS, "test_period": sum(VARIED) // 2,
     }  # fmt: skip
-    described = machine()
-    path = record_path("induction_seeds", described)
-    record = {
-        "script": "induction_seeds",
-        "machine": described,
-        **provenance(args.commit),
-        "setting": setting,
-        "seeds": rows,
-    }
-    write_record(path, record, args.overwrite)
-    print(f"written: results/{path.name}")
+    keep("induction_seeds", args, {"setting": setting, "seeds": rows})
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except AttnlabError as error:
-        sys.exit(f"error: {error}")
+    script(main)

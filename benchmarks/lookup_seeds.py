@@ -14,14 +14,10 @@ they want; a head that never finds and always answers looks away.
     python benchmarks/lookup_seeds.py --quick    seconds, a few steps of one seed; writes nothing
 """
 
-import argparse
-import sys
-
 import torch
-from common import machine, provenance, record_path, spread, write_record
+from common import keep, options, script, spread
 from tqdm import tqdm
 
-from attnlab.errors import AttnlabError
 from attnlab.tasks import Wishes
 
 HEAD_DIMS = (1, 2, 4, 6, 8, 12, 16, 48)
@@ -86,14 +82,7 @@ def show(rows: dict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few steps of one seed, no record")
-    parser.add_argument("--seeds", type=int, default=12, help="how many (12)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a record even of another machine")
-    parser.add_argument("--commit", help="the tree's commit, where git can't tell")
-    args = parser.parse_args()
-    if args.seeds < 1:
-        parser.error("--seeds is 1 or more")
+    args = options(__doc__, "a few steps of one seed", seeds=12)
     if args.quick:
         show(measure(seeds=1, steps=2))
         print("every setting ran; too few steps to mean anything, and nothing was recorded")
@@ -102,17 +91,10 @@ def main() -> int:
     steps = 400
     rows = measure(args.seeds, steps)
     show(rows)
-    described = machine()
-    path = record_path("lookup_seeds", described)
     setting = {"task": "attnlab.tasks.Wishes", "seeds": args.seeds, "steps": steps, "batch": 64, "learning_rate": 0.01}
-    record = {"script": "lookup_seeds", "machine": described, **provenance(args.commit), "setting": setting, **rows}
-    write_record(path, record, args.overwrite)
-    print(f"written: results/{path.name}")
+    keep("lookup_seeds", args, {"setting": setting, **rows})
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except AttnlabError as error:
-        sys.exit(f"error: {error}")
+    script(main)

@@ -4,12 +4,11 @@ python benchmarks/waiting.py            writes results/waiting-<machine>.json; n
 python benchmarks/waiting.py --quick    the import alone, once, no record
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 
-from common import interleave, machine, provenance, record_path, spread, timed, write_record
+from common import interleave, keep, options, script, spread, timed
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"import attnlab, beyond torch": 0.3, "all chapters": 120.0, "book, nothing changed": 20.0}  # seconds
@@ -51,10 +50,7 @@ def warm_rebuild(repetitions: int) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the import alone, once, no record")
-    parser.add_argument("--overwrite", action="store_true", help="replace a record even of another machine")
-    args = parser.parse_args()
+    args = options(__doc__, "the import alone, once")
     if args.quick:
         print(imports(1))
         return 0
@@ -65,12 +61,9 @@ def main() -> int:
             f"{row['what']:50} {row['seconds']['median']:8.2f} s"
             + (f"  (at most {row['target']:g})" if row["target"] else "")
         )
-    described = machine()
-    path = record_path("waiting", described)
-    write_record(path, {"script": "waiting", "machine": described, **provenance(), "rows": rows}, args.overwrite)
-    print(f"written: results/{path.name}")
+    keep("waiting", args, {"rows": rows})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main)
