@@ -223,26 +223,19 @@ def memory(
     rows = accounts.compare(models, context, batch, dtype)
     size = accounts.human_bytes
 
-    def known(row: dict, key: str) -> str:
-        return "not counted" if row[key] is None else size(row[key])
-
     lines = {
         "attention": [row["kind"] for row in rows],
         "  heads / K/V heads": [f"{row['n_heads']} / {row['n_kv_heads']}" for row in rows],
         "window": [_windows(row["windows"]) for row in rows],
-        "weights": [known(row, "weight_bytes") for row in rows],
+        "weights": [size(row["weight_bytes"]) for row in rows],
         "cache, a token": [size(row["kv_bytes_per_token"]) for row in rows],
         "  of multi-head's": [f"1/{row['vs_multi_head']:.3g}" if row["vs_multi_head"] != 1 else "all" for row in rows],
         f"cache, {batch} × {context:,}": [size(row["cache_bytes"]) for row in rows],
-        "read a step": [known(row, "bytes_per_step") for row in rows],
+        "read a step": [size(row["bytes_per_step"]) for row in rows],
     }
     if device_gb is not None:
         most, answers = [], []
-        for model, row in zip(models, rows, strict=True):
-            if row["weight_bytes"] is None:
-                most.append("not counted")
-                answers.append("not counted")
-                continue
+        for model in models:
             most.append(f"{accounts.largest_batch(model, device_gb * 1e9, context, dtype):,}")
             answers.append("yes" if accounts.fits(model, device_gb * 1e9, context, batch, dtype) else "no")
         lines[f"fits {device_gb:g} GB"] = answers
