@@ -40,6 +40,18 @@ def lab(tmp_path_factory):
             "explorer.data = {**explorer.data, 'labels': ['<img src=x onerror=window.hacked=1>', 'b', 'c']}"
         ),
     )
+    write(
+        home / "notebooks" / "all.ipynb",
+        v4.new_code_cell(
+            "import numpy as np\nimport attnlab\nfrom attnlab import plots\n"
+            "from attnlab.explorer import MemoryExplorer, ShapeExplorer\n"
+            "weights = np.full((2, 4, 3, 3), 1 / 3, dtype=np.float16)\n"
+            "attnlab.explore(attnlab.AttentionRecord(weights, list('abc'), list('abc'), 2, None, False, 'even'))"
+        ),
+        v4.new_code_cell("ShapeExplorer(64, 8)"),
+        v4.new_code_cell("MemoryExplorer('mistral-7b-v0.1', 'llama-2-7b')"),
+        v4.new_code_cell("plots.knob(lambda ax, n: ax.plot([0, n]), 'n', [1, 2, 3])"),
+    )
     data = {"text/html": DotProductExplorer().figure_html(), "text/plain": "DotProductExplorer()"}
     output = v4.new_output("execute_result", data=data, execution_count=1)
     write(
@@ -79,14 +91,20 @@ def lab(tmp_path_factory):
         server.wait(timeout=30)
 
 
-def test_the_widget_draws_itself_and_takes_new_data(browser, lab):
-    page = browser.new_page()
+def run_all(page, lab, notebook: str) -> list[str]:
+    """Open a notebook and run it; what it asks of other hosts, as it comes."""
     strangers = []
     page.on("request", lambda request: request.url.startswith((lab, "data:", "blob:")) or strangers.append(request.url))
-    page.goto(f"{lab}/doc/tree/live.ipynb")
+    page.goto(f"{lab}/doc/tree/{notebook}")
     kernel = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status"
     page.wait_for_function(f"{kernel} === 'idle'", timeout=60_000)
     page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+    return strangers
+
+
+def test_the_widget_draws_itself_and_takes_new_data(browser, lab):
+    page = browser.new_page()
+    strangers = run_all(page, lab, "live.ipynb")
     page.wait_for_selector("[data-explorer=dot-product][data-ready=true]", timeout=60_000)
     page.wait_for_selector("tbody th:has-text('<img src=x onerror=window.hacked=1>')", timeout=60_000)
     assert page.locator("[data-explorer]").count() == 1
@@ -94,6 +112,22 @@ def test_the_widget_draws_itself_and_takes_new_data(browser, lab):
     page.focus("[data-explorer] .dot-handle")
     page.keyboard.press("ArrowRight")
     assert page.get_attribute("[data-explorer] .dot-handle", "aria-valuetext") == "x 1.60, y 1.00"
+    assert strangers == []
+    page.close()
+
+
+def test_every_explorer_draws_itself_and_a_knob_turns(browser, lab):
+    page = browser.new_page(viewport={"width": 1280, "height": 4000})  # Lab draws what is in view
+    strangers = run_all(page, lab, "all.ipynb")
+    for kind in ("attention", "shape", "memory"):
+        page.wait_for_selector(f"[data-explorer={kind}][data-ready=true]", timeout=60_000)
+    picture = page.locator("img.widget-image")
+    picture.wait_for(timeout=60_000)
+    before = picture.get_attribute("src")
+    page.focus(".widget-slider .noUi-handle")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("before => document.querySelector('img.widget-image').src !== before", arg=before)
+    assert page.inner_text(".widget-slider .widget-readout") == "2"
     assert strangers == []
     page.close()
 
