@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -264,7 +265,8 @@ for name in sys.argv[2:]:
 
 def load_elsewhere(url: str, cache: Path, *names: str, bar: bool = False, **environment: str) -> tuple[list[str], str]:
     """What a process says that loads ``names`` from the hub at ``url``: a line for each, and its standard error."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
+    dropped = re.compile("HF_|TQDM_|.*proxy", re.IGNORECASE)
+    kept = {key: value for key, value in os.environ.items() if not dropped.match(key)}
     environment = kept | {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1"} | environment
     command = [sys.executable, "-c", _LOAD, "bar" if bar else "no bar", *names]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
