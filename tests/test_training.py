@@ -34,7 +34,7 @@ from attnlab.training.report import (
     report,
     score_window,
     share_of_known_lines,
-    weights_of,
+    weights_of_rows,
     windows,
 )
 from attnlab.training.run import Data, Recipe, prepare, schedule, train
@@ -399,7 +399,7 @@ def test_weights_of_padded_rows_are_the_records_of_each(corpus):
     torch.manual_seed(0)
     model = Mistral(TINY).eval()
     rows = [np.array([0, 5, 6, 7, 8]), np.array([0, 9, 9])]
-    for row, weights in zip(rows, weights_of(model, rows), strict=True):
+    for row, weights in zip(rows, weights_of_rows(model, rows), strict=True):
         assert np.abs(weights - record_attention(model, row).weights.astype(np.float32)).max() < 1e-3
 
 

@@ -265,15 +265,13 @@ def _baselines(folder: Path, corpus: Corpus, data: Data, files: list[File]) -> d
 
 
 @torch.inference_mode()
-def weights_of(model: Mistral, rows: list[np.ndarray]) -> list[np.ndarray]:
+def weights_of_rows(model: Mistral, rows: list[np.ndarray]) -> list[np.ndarray]:
     """Attention weights (L, H, T, T) of each row of ids, float32. Rows may differ in length."""
     longest = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.from_numpy(np.asarray(row, dtype=np.int64))
-    layers = []
-    model(ids.to(model.device), last_only=True, on_weights=lambda _, w: layers.append(w.float().cpu()))
-    stacked = torch.stack(layers, dim=1).numpy()  # (B, L, H, T, T)
+    stacked = heads.weights_of(model, ids.to(model.device))  # (B, L, H, T, T)
     return [stacked[i, :, :, : len(row), : len(row)] for i, row in enumerate(rows)]
 
 
@@ -324,7 +322,7 @@ def score_heads(model: Mistral, files: list[File], data: Data) -> dict:
         batch = max(1, BATCH_TOKENS // COLD // 2)
         for j in range(0, len(cut), batch):
             some = cut[j : j + batch]
-            for (start, ids), weights in zip(some, weights_of(model, [ids for _, ids in some]), strict=True):
+            for (start, ids), weights in zip(some, weights_of_rows(model, [ids for _, ids in some]), strict=True):
                 matches = [
                     Match(m.kind, m.opener - start + 1, m.closer - start + 1)
                     for m in file.matches
@@ -346,7 +344,7 @@ def score_heads(model: Mistral, files: list[File], data: Data) -> dict:
         layer, head = map(int, chosen.split("."))
         told = [file.ids for file in files if half_of[file.name] == 1]
         some = [ids[s : s + COLD] for ids in told for s in range(0, len(ids) - CONTEXT, 4 * COLD)]
-        parts = [heads.sink(w) for ids in some for w in weights_of(model, [ids])]
+        parts = [heads.sink(w) for ids in some for w in weights_of_rows(model, [ids])]
         if parts:
             scored["sink"]["without_bos"] = float(HeadScores.pool(parts).score[layer, head])
     return {
@@ -389,7 +387,7 @@ def random_repeats(data: Data, kind: str = "frequent", seed: int = 0) -> np.ndar
 
 
 def _induction(model: Mistral, rows: np.ndarray) -> list[HeadScores]:
-    return [heads.induction_on_repeat(w, REPEAT_TOKENS) for w in weights_of(model, list(rows))]
+    return [heads.induction_on_repeat(w, REPEAT_TOKENS) for w in weights_of_rows(model, list(rows))]
 
 
 def copy_losses(model: Mistral, rows: np.ndarray) -> dict:
@@ -426,7 +424,7 @@ def measure_checkpoint(model: Mistral, files: list[File], data: Data) -> dict:
     repeated = random_repeats(data)
     crops = [np.concatenate(([data.bos], f.ids[s : s + 199])) for f in files for s in (0, len(f.ids) // 2)]
     halves: tuple[dict, dict] = ({}, {})
-    for i, weights in enumerate(weights_of(model, [c for c in crops if len(c) > 3])):
+    for i, weights in enumerate(weights_of_rows(model, [c for c in crops if len(c) > 3])):
         halves[i // 2 % 2].setdefault("previous_token", []).append(heads.previous_token(weights))
     for i, scores in enumerate(_induction(model, repeated)):
         halves[i % 2].setdefault("induction", []).append(scores)
