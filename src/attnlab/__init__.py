@@ -15,6 +15,6 @@ __version__ = "0.1.0"
 
 def explore(record: AttentionRecord, **options):
     """Look at every head of a record: the explorer of :mod:`attnlab.explorer.attention`, for a cell or ``.save_html(path)``."""
-    from attnlab import explorer  # widgets only where they are wanted
+    from attnlab.explorer import AttentionExplorer  # widgets only where they are wanted
 
-    return explorer.explore(record, **options)
+    return AttentionExplorer(record, **options)

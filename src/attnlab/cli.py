@@ -99,19 +99,22 @@ def attnlab(
         print(context.get_help())
 
 
+ModelName = Annotated[str, typer.Option(help='"companion", a folder, or a hub id.')]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best one here if not given.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; what suits the device if not given.")]
+
+
 @app.command(short_help="Go on from a prompt.")
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Text to go on from; - or nothing reads stdin.")] = None,
-    model: Annotated[str, typer.Option(help='"companion", a folder, or a hub id.')] = "companion",
+    model: ModelName = "companion",
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token; higher: more varied.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability together.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not wrap the prompt in an instruct model's template.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best one here if not given.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; what suits the device if not given.")
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Go on from a prompt, streaming the text as it comes.
 
@@ -163,11 +166,9 @@ def _read_text(given: str | None, none_came: str) -> str:
 def explore(
     text: Annotated[str | None, typer.Argument(help="Text to look at; - or nothing reads stdin.")] = None,
     out: Annotated[Path, typer.Option(help="The page to write: one file that needs nothing else.")] = Path("maps.html"),
-    model: Annotated[str, typer.Option(help='"companion", a folder, or a hub id.')] = "companion",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best one here if not given.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; what suits the device if not given.")
-    ] = None,
+    model: ModelName = "companion",
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Run a model once over a text and write all its attention maps into one page, which any browser opens offline.
 

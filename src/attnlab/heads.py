@@ -264,10 +264,10 @@ def matching(
 def weights_of(model: nn.Module, ids: Int[Tensor, "B T"]) -> Float[np.ndarray, "B L H T T"]:
     """Attention weights of every row: all rows at once, for a small model and short rows.
 
-    ``model(ids, on_weights=…)`` is called, as ``Mistral`` and ``tasks.AttentionOnly`` understand it.
+    ``model(ids, last_only=True, on_weights=…)`` is called, as ``Mistral`` and ``tasks.AttentionOnly`` understand it.
     """
     layers: list[Tensor] = []
-    model(ids, on_weights=lambda _, weights: layers.append(weights.float().cpu()))
+    model(ids, last_only=True, on_weights=lambda _, weights: layers.append(weights.float().cpu()))
     return torch.stack(layers, dim=1).numpy()
 
 

@@ -313,7 +313,7 @@ class Knob:
 
         def show(_: object = None) -> None:
             if slider.index not in drawn:
-                drawn[slider.index] = _png(self.still(self.values[slider.index]))
+                drawn[slider.index] = png(self.still(self.values[slider.index]))
             image.value = drawn[slider.index]
 
         slider.observe(show, "index")
@@ -325,7 +325,7 @@ class Knob:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
         """Both, for the front end to choose from."""
-        return {**self.widget()._repr_mimebundle_(), "image/png": _png(self.stills()), "text/plain": repr(self)}
+        return {**self.widget()._repr_mimebundle_(), "image/png": png(self.stills()), "text/plain": repr(self)}
 
 
 def knob(draw: Callable[[Axes, Any], object], name: str, values: Sequence, n_stills: int = 4) -> Knob:
@@ -338,7 +338,8 @@ def knob(draw: Callable[[Axes, Any], object], name: str, values: Sequence, n_sti
     return Knob(draw, name, values, n_stills)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file, the same for the same figure."""
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()

@@ -76,9 +76,12 @@ class AttentionOnly(nn.Module):
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
 
     def forward(
-        self, ids: Int[Tensor, "B T"], on_weights: Callable[[int, Tensor], None] | None = None
+        self,
+        ids: Int[Tensor, "B T"],
+        last_only: bool = False,
+        on_weights: Callable[[int, Tensor], None] | None = None,
     ) -> Float[Tensor, "B T vocab"]:
-        """Logits for the token after each position. ``on_weights(layer, weights)`` gets each layer's (B, H, T, T)."""
+        """Logits for the token after each position, or the last. ``on_weights(layer, weights)``: each layer's (B, H, T, T)."""
         x = self.embed(ids)  # (B, T, d)
         for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
             if on_weights is None:
@@ -87,7 +90,7 @@ class AttentionOnly(nn.Module):
                 read, weights = layer(norm(x), return_weights=True)
                 on_weights(i, weights)
                 x = x + read
-        return self.lm_head(self.norm(x))
+        return self.lm_head(self.norm(x[:, -1:] if last_only else x))
 
 
 def repeats(

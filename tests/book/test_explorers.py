@@ -24,14 +24,14 @@ from attnlab.explorer import DotProductExplorer
 pytestmark = pytest.mark.browser
 HOSTILE = ["<img src=x onerror=window.hacked=1>", "</script><script>window.hacked=1</script>", "<!--<script>"]
 CELLS = [
-    "from attnlab.explorer import DotProductExplorer, explore\nDotProductExplorer()",
+    "from attnlab.explorer import DotProductExplorer\nDotProductExplorer()",
     "DotProductExplorer(d_k=1024, divide=False)",
     f"""
 import attnlab
 import numpy as np
 w = np.tril(np.random.default_rng(0).random((2, 16, 130, 130)))
 tokens = {HOSTILE!r} + [f"t{{i}}" for i in range(127)]
-explore(attnlab.AttentionRecord(
+attnlab.explore(attnlab.AttentionRecord(
     weights=(w / w.sum(-1, keepdims=True)).astype(np.float16), query_tokens=tokens, key_tokens=tokens,
     n_kv_heads=4, window=None, causal=True, model_name="random",
 ))""",

@@ -77,3 +77,18 @@ def opened(browser, tmp_path):
     yield open_explorer
     for context in contexts:
         context.close()
+
+
+@pytest.fixture(scope="module")
+def kept_open(browser, tmp_path_factory):
+    """``kept_open(explorer)``: its page, open for all tests of a module."""
+    context = browser.new_context(offline=True)
+
+    def open_explorer(explorer):
+        page = context.new_page()
+        page.goto(explorer.save_html(tmp_path_factory.mktemp("kept") / "page.html").as_uri())
+        page.wait_for_selector("[data-ready=true]")
+        return page
+
+    yield open_explorer
+    context.close()

@@ -106,14 +106,9 @@ def agrees(page, settings: list[dict], own: dict | None = None, card: memory.Car
 
 
 @pytest.fixture(scope="module")
-def page(browser, tmp_path_factory):
+def page(kept_open):
     """One page that the comparisons share; each turns every control."""
-    context = browser.new_context(offline=True)
-    page = context.new_page()
-    page.goto(MemoryExplorer().save_html(tmp_path_factory.mktemp("memory") / "page.html").as_uri())
-    page.wait_for_selector("[data-ready=true]")
-    yield page
-    context.close()
+    return kept_open(MemoryExplorer())
 
 
 # ---- the page against attnlab.memory

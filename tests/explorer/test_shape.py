@@ -59,14 +59,9 @@ def n_params(layer: torch.nn.Module) -> int:
 
 
 @pytest.fixture(scope="module")
-def shown(browser, tmp_path_factory):
+def shown(kept_open):
     """What the page says at every setting."""
-    context = browser.new_context(offline=True)
-    page = context.new_page()
-    page.goto(ShapeExplorer().save_html(tmp_path_factory.mktemp("shape") / "page.html").as_uri())
-    page.wait_for_selector("[data-ready=true]")
-    yield list(zip(SETTINGS, page.evaluate(DRIVE, SETTINGS), strict=True))
-    context.close()
+    return list(zip(SETTINGS, kept_open(ShapeExplorer()).evaluate(DRIVE, SETTINGS), strict=True))
 
 
 def test_projections_and_parameters_are_those_of_the_layer(shown):
@@ -126,13 +121,8 @@ def test_a_preset_is_the_models_layer_and_its_bytes_a_token(opened_once, shape):
 
 
 @pytest.fixture(scope="module")
-def opened_once(browser, tmp_path_factory):
-    context = browser.new_context(offline=True)
-    page = context.new_page()
-    page.goto(ShapeExplorer().save_html(tmp_path_factory.mktemp("preset") / "page.html").as_uri())
-    page.wait_for_selector("[data-ready=true]")
-    yield page
-    context.close()
+def opened_once(kept_open):
+    return kept_open(ShapeExplorer())
 
 
 # ---- turning the knobs

@@ -7,11 +7,5 @@ from attnlab.explorer.attention import AttentionExplorer
 from attnlab.explorer.dot_product import DotProductExplorer
 from attnlab.explorer.memory import MemoryExplorer
 from attnlab.explorer.shape import ShapeExplorer
-from attnlab.record import AttentionRecord
 
-__all__ = ["AttentionExplorer", "DotProductExplorer", "MemoryExplorer", "ShapeExplorer", "explore"]
-
-
-def explore(record: AttentionRecord, **options) -> AttentionExplorer:
-    """The attention explorer of a record; see :class:`attnlab.explorer.attention.AttentionExplorer` for the options."""
-    return AttentionExplorer(record, **options)
+__all__ = ["AttentionExplorer", "DotProductExplorer", "MemoryExplorer", "ShapeExplorer"]

@@ -74,14 +74,15 @@ def script_json(value: object) -> str:
 def small_png(figure: Figure) -> bytes:
     """A figure in 256 colours, which a still picture does well with: a third of the bytes."""
     file = io.BytesIO()
-    Image.open(io.BytesIO(plots._png(figure))).convert("RGB").quantize(256).save(file, "png", optimize=True)
+    Image.open(io.BytesIO(plots.png(figure))).convert("RGB").quantize(256).save(file, "png", optimize=True)
     return file.getvalue()
 
 
 class Explorer(anywidget.AnyWidget):
     """A figure to explore: make it the last value of a cell, or save it as a page of its own.
 
-    A subclass names its ``kind``, draws its ``still()`` and says in ``alt`` what that shows.
+    A subclass names its ``kind``, draws its ``still()`` and says in ``alt`` what that shows. (Widgets have a metaclass of
+    their own, so abstract methods can't be marked as such.)
 
     Args:
         data: all that the module gets: what JSON can hold.
