@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from attnlab import companion
 from attnlab.errors import CheckpointError, ConfigError, InputError
+from attnlab.memory import n_params
 from attnlab.mistral import Mistral, MistralConfig
 from attnlab.record import record_attention
 from attnlab.training.__main__ import app
@@ -38,6 +40,7 @@ from attnlab.training.report import (
     windows,
 )
 from attnlab.training.run import Data, Recipe, prepare, schedule, train
+from attnlab.training.siblings import SHIPPED, SIBLINGS, publish, run_folder, train_siblings
 
 TINY = MistralConfig(
     vocab_size=300, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, window=24, tie_embeddings=True, name="toy"
@@ -564,3 +567,73 @@ def test_a_folder_that_cannot_be_written_is_one_line_on_stderr(finished, tmp_pat
 def test_encode_files_puts_bos_before_each(tokenizer):
     ids = encode_files(tokenizer, {"a": "x = 1\n", "b": "y"})
     assert ids.dtype == np.uint16 and (ids == 0).sum() == 2 and ids[0] == 0
+
+
+# ---- siblings ----
+
+
+@pytest.fixture(scope="module")
+def sibling_runs(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("siblings")
+    corpus.save(folder / "corpus.json.gz")
+    configs = {
+        name: TINY.replace(name=name, window=None, n_kv_heads=n) for name, n in (("multi-head", 4), ("other", 1))
+    }
+    recipe = Recipe(tokens=400, phases=((1.0, 24, 4),), rates=((0, 1), (1, 0.1)), checkpoints=(), mean_of=(1.0,))
+    train_siblings(folder, 0, configs, configs, recipe, progress=False)
+    train_siblings(folder, 1, ["other"], configs, recipe, progress=False)
+    return folder
+
+
+def test_siblings_share_corpus_tokenizer_and_batches(sibling_runs):
+    asked = [
+        json.loads((run_folder(sibling_runs, name, 0) / "run.json").read_text()) for name in ("multi-head", "other")
+    ]
+    assert asked[0]["corpus"] == asked[1]["corpus"] and asked[0]["recipe"] == asked[1]["recipe"]
+    differ = {key for key in asked[0]["config"] if asked[0]["config"][key] != asked[1]["config"][key]}
+    assert differ == {"n_kv_heads", "name"}
+    tokenizers = {path.read_bytes() for path in sibling_runs.glob("*/tokenizer.json")}
+    assert len(tokenizers) == 1
+
+
+def test_published_siblings_ship_what_has_a_name_and_report_on_all(sibling_runs, tmp_path):
+    rows = publish(sibling_runs, tmp_path, progress=False)
+    assert [(row["name"], row["seed"]) for row in rows] == [("multi-head", 0), ("other", 0), ("other", 1)]
+    assert json.loads((tmp_path / "siblings.json").read_text()) == rows
+    assert {path.name for path in tmp_path.iterdir()} == {"multi-head", "siblings.json"}
+    card = (tmp_path / "multi-head" / "README.md").read_text()
+    assert "multi-head attention" in card and "all that came before" in card
+    report = run_folder(sibling_runs, "multi-head", 0) / "report" / "report.json"
+    before = report.stat().st_mtime_ns
+    assert publish(sibling_runs, tmp_path, progress=False) == rows and report.stat().st_mtime_ns == before
+    for row in rows:
+        weights = [len(text.encode()) for text in Corpus.load(sibling_runs / "corpus.json.gz").held_out.values()]
+        names = list(Corpus.load(sibling_runs / "corpus.json.gz").held_out)
+        mean = sum(row["by_file"][name] * n for name, n in zip(names, weights, strict=True)) / sum(weights)
+        assert row["bits_per_byte"]["cold_256"] == pytest.approx(mean, abs=1e-3)
+
+
+def test_siblings_differ_in_kv_heads_alone_and_the_wide_one_has_equal_parameters():
+    of = {name: config.to_dict() for name, config in SIBLINGS.items()}
+    for name in SHIPPED:
+        assert {key for key in of[name] if of[name][key] != of["multi-head"][key]} <= {"n_kv_heads", "name"}
+    widths = {d_ff: n_params(SIBLINGS["multi-query"].replace(d_ff=d_ff)) for d_ff in (852, 853, 854)}
+    target = n_params(SIBLINGS["multi-head"])
+    assert SIBLINGS["multi-query-wide"].d_ff == min(widths, key=lambda d_ff: abs(widths[d_ff] - target))
+    assert SHIPPED == companion.SIBLINGS
+
+
+def test_an_unknown_sibling_is_refused_and_a_run_may_start_from_weights_of_its_own_shape(corpus, tmp_path):
+    result = CliRunner().invoke(app, ["siblings", str(tmp_path / "s"), "multihead"])
+    assert isinstance(result.exception, InputError) and "multi-query-wide" in str(result.exception)
+    corpus.save(tmp_path / "corpus.json.gz")
+    given = {name: torch.full_like(tensor, 0.01) for name, tensor in Mistral(TINY).state_dict().items()}
+    with pytest.raises(CheckpointError, match="another model"):
+        train(tmp_path, TINY, RECIPE, progress=False, start=given | {"more": torch.ones(1)})
+    del given["lm_head.weight"]
+    none = Recipe(tokens=100, phases=((1.0, 24, 4),), muon_lr=0.0, adam_lr=0.0, checkpoints=(), mean_of=(1.0,))
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    corpus.save(fresh / "corpus.json.gz")
+    model = train(fresh, TINY, none, progress=False, start=given)
+    assert all(torch.all((tensor - 0.01).abs() < 1e-4) for tensor in model.state_dict().values())

@@ -99,7 +99,12 @@ def attnlab(
         print(context.get_help())
 
 
-ModelName = Annotated[str, typer.Option(help='"companion", a folder, or a hub id.')]
+ModelName = Annotated[
+    str,
+    typer.Option(
+        help='"companion", one of its siblings ("multi-head", "grouped-query", "multi-query"), a folder, or a hub id.'
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best one here if not given.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; what suits the device if not given.")]
 
@@ -202,7 +207,9 @@ def explore(
 
 @app.command(short_help="What models take, side by side.")
 def memory(
-    names: Annotated[list[str], typer.Argument(help='Models by name, "companion", or checkpoint folders.')],
+    names: Annotated[
+        list[str], typer.Argument(help='Models by name, "companion" or a sibling, or checkpoint folders.')
+    ],
     context: Annotated[int, typer.Option(help="Tokens behind each row of the batch.")] = 4096,
     batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
@@ -249,15 +256,16 @@ def memory(
 
 def _model_shape(name: str):
     """A preset's name, or the config of a folder."""
+    from attnlab import companion
     from attnlab import memory as accounts
     from attnlab.checkpoint import read_config
-    from attnlab.companion import FOLDER as COMPANION_FOLDER
 
     if name.lower() in accounts.SHAPES:
         return name
-    folder = COMPANION_FOLDER if name == "companion" else Path(name).expanduser()
+    shipped = companion.folder(name)
+    folder = shipped or Path(name).expanduser()
     if folder.is_dir():
-        return read_config(folder).replace(name=name if name == "companion" else folder.resolve().name)
+        return read_config(folder).replace(name=name if shipped else folder.resolve().name)
     return accounts.as_shape(name)  # which knows near names
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
+from attnlab import companion
 from attnlab.checkpoint import load_model, parse_device, parse_dtype, read_config, stored_dtype
-from attnlab.companion import FOLDER as COMPANION_FOLDER
+from attnlab.companion import COMPANION, SIBLINGS
 from attnlab.errors import AttnlabError, CapacityError, CheckpointError, ConfigError, HubError, InputError
 from attnlab.memory import kv_cache_bytes, weight_bytes
 from attnlab.mistral import Mistral, MistralConfig
 from attnlab.tokenizer import Tokenizer, load_tokenizer
 
-COMPANION = "companion"
 _SMALL_CONTEXT = 512  # tokens of cache without which a model is of no use
 _CONFIGS = ["config.json", "params.json"]
 _OTHER_WAYS = f'Or give the folder of a model you have, or use attnlab.load("{COMPANION}"), which needs no network'
@@ -47,7 +47,8 @@ def load(
     """A model ready to run.
 
     Args:
-        name: ``"companion"``, the small model that ships with attnlab and needs no network; a folder in Hugging Face's or
+        name: ``"companion"``, the small model that ships with attnlab and needs no network, or one of its siblings
+            ``"multi-head"``, ``"grouped-query"``, ``"multi-query"``; a folder in Hugging Face's or
             Mistral's layout; or a hub id such as ``"mistralai/Mistral-7B-Instruct-v0.3"``, downloaded once. A
             connection that breaks is taken up where it stopped; after a kill, files that were complete stay.
         device: None: a CUDA GPU if there is one, else Apple's, else the CPU.
@@ -145,15 +146,16 @@ def _check_room(config: MistralConfig, dtype: torch.dtype, device: torch.device)
 
 def _find(name: str, revision: str | None, progress: bool) -> tuple[str, Path]:
     """The name to show and the folder with the files, which the hub may have to bring first."""
-    folder = COMPANION_FOLDER if name == COMPANION else Path(name).expanduser()
-    if name == COMPANION or (name and folder.exists()):
+    shipped = companion.folder(name)
+    folder = shipped or Path(name).expanduser()
+    if shipped or (name and folder.exists()):
         if revision is not None:
             raise ConfigError(f"revision={revision!r} names a version on the hub; {name} is a folder on this machine")
-        return (name if name == COMPANION else folder.resolve().name), folder
+        return (name if shipped else folder.resolve().name), folder
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise InputError(
-            f'expected "{COMPANION}", a folder, or a hub id like "mistralai/Mistral-7B-v0.1"; got {name!r}, and there is no '
-            "folder of that name"
+            f'expected "{COMPANION}", one of its siblings ({", ".join(SIBLINGS)}), a folder, or a hub id like '
+            f'"mistralai/Mistral-7B-v0.1"; got {name!r}, and there is no folder of that name'
         )
     return name, _download(name, revision, progress)
 

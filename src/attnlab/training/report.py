@@ -26,6 +26,7 @@ from attnlab.errors import CapacityError, CheckpointError, InputError
 from attnlab.generate import generate
 from attnlab.heads import HeadScores, Match
 from attnlab.loading import LanguageModel
+from attnlab.memory import ModelShape
 from attnlab.mistral import Mistral, MistralConfig
 from attnlab.tokenizer import load_tokenizer
 from attnlab.training.baselines import KneserNey, xz_bits_per_byte
@@ -72,7 +73,7 @@ def report(folder: Path, out: Path, device: str = "cpu", progress: bool = True) 
     device = parse_device(device)
     asked, log, checkpoints = _read_run(folder)
     config, recipe = MistralConfig(**asked["config"]), asked["recipe"]
-    bar = tqdm(total=8 + len(checkpoints), disable=not progress, unit="step")
+    bar = tqdm(total=9 + len(checkpoints), disable=not progress, unit="step")
 
     def step(what: str) -> None:
         bar.set_description(what, refresh=False)
@@ -93,6 +94,8 @@ def report(folder: Path, out: Path, device: str = "cpu", progress: bool = True) 
     warm = bits_per_byte(model, files, COLD, COLD - CONTEXT)
     step(f"windows of {LONG}")
     long = bits_per_byte(model, files, LONG, LONG - COLD)
+    step("file by file")
+    by_file = {file.name: bits_per_byte(model, [file], COLD, COLD) for file in files}
     step("heads")
     head_scores = score_heads(model, files, data)
     over_time = []
@@ -135,11 +138,12 @@ def report(folder: Path, out: Path, device: str = "cpu", progress: bool = True) 
                 f"same files, in its favour, and its history runs on where the model's windows start anew."
             ),
         },
+        "by_file": by_file,
         **head_scores,
         "over_time": over_time,
         "completions": completions,
     }
-    result = _rounded(result)
+    result = _rounded(result) | {"model": result["model"]}  # a norm_eps of 1e-5 would round to nothing
     try:
         _write_folder(out, folder, model, bpe, result)
     except OSError as error:
@@ -530,6 +534,8 @@ def model_card(result: dict) -> str:
     """The README of the model's folder; every number is taken from the report."""
     m, d, t, b, h = (result[key] for key in ("model", "data", "training", "bits_per_byte", "heads"))
     unfinished = ""
+    style = ModelShape.from_config(MistralConfig(**{key: m[key] for key in m if key != "parameters"})).kind
+    sees = f"a sliding window of {m['window']} tokens" if m["window"] else "attention to all that came before"
     if not result["finished"]:
         unfinished = f"\n**The run was not finished**: {t['tokens']:,} of {t['tokens_asked_for']:,} tokens.\n"
     rows = [
@@ -552,8 +558,8 @@ def model_card(result: dict) -> str:
     return f"""\
 # {result["name"]}
 
-A language model of {m["parameters"] / 1e6:.1f} million parameters with the architecture of Mistral 7B: grouped-query attention
-({m["n_heads"]} query heads on {m["n_kv_heads"]} key/value heads), rotary positions, a sliding window of {m["window"]} tokens, SwiGLU;
+A language model of {m["parameters"] / 1e6:.1f} million parameters with the architecture of Mistral 7B: {style} attention
+({m["n_heads"]} query heads on {m["n_kv_heads"]} key/value heads), rotary positions, {sees}, SwiGLU;
 {m["n_layers"]} layers, d_model {m["d_model"]}, vocabulary {m["vocab_size"]:,}. It is small enough for any machine and real enough
 to look into. It knows the shape of Python, not the meaning: what it writes is not advice.
 {unfinished}
@@ -568,7 +574,7 @@ Hash of all of it: `{d["sha256"]}`. The text is under the Python Software Founda
 
 The weights are the mean of those at {" and ".join(f"{share:.1%}" for share in t["recipe"]["mean_of"])} of the run.
 {t["tokens"]:,} tokens in {minutes} on {t["machine"]} ({t["device"]}, {t["threads"]} threads), seed {t["seed"]}, {t["date"]},
-torch {t["torch"]}. Made by `python -m attnlab.training run`; the recipe is in `report.json`.
+torch {t["torch"]}. Made by `python -m attnlab.training`; the recipe is in `report.json`.
 
 ## Bits per byte on {d["held_out"]["files"]} held-out files ({d["held_out"]["bytes"]:,} bytes)
 

@@ -134,15 +134,17 @@ def train(
     device: str = "cpu",
     save_every: float = 60.0,
     progress: bool = True,
+    start: dict[str, Tensor] | None = None,
 ) -> Mistral:
     """Train in ``folder``, or go on where an earlier call was cut off.
 
     Leaves there ``corpus.json.gz`` (made from the standard library unless it is there), ``tokenizer.json``, ``run.json``
     (what was asked for; machine and versions of every sitting), ``log.jsonl`` (loss over time),
     ``tokens-N.safetensors`` (bfloat16 weights along the way and at the end), ``model.safetensors`` (the mean of some, which
-    is the model) and ``state.pt`` (to resume from). Every file is written beside its place and renamed.
+    is the model) and ``state.pt`` (to resume from). Every file is written beside its place and renamed. ``start``: weights to
+    begin from, instead of random ones.
 
-    Raises CheckpointError if the folder holds a run with other settings.
+    Raises CheckpointError if the folder holds a run with other settings, or ``start`` is of another model.
     """
     recipe = recipe or Recipe()
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,6 +168,12 @@ def train(
     torch.manual_seed(recipe.seed)
     model = Mistral(config)
     initialise(model, recipe.seed)
+    if start is not None:
+        missing, unknown = model.load_state_dict(start, strict=False)
+        if unknown or set(missing) - {"lm_head.weight"}:  # tied, it is the embedding
+            raise CheckpointError(
+                f"the weights to start from are of another model: {[*missing, *unknown][:3]} don't match"
+            )
     model.to(device)
     both = optimizers(model, recipe)
     first_lrs = [optimizer.param_groups[0]["lr"] for optimizer in both]
