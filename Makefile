@@ -44,6 +44,9 @@ bench: book ## measure against peers, write benchmarks/results
 	@$(RUN) benchmarks/lookup_seeds.py
 	@$(RUN) benchmarks/heads_seeds.py
 	@$(RUN) benchmarks/induction_seeds.py
+	@$(RUN) benchmarks/sharing_seeds.py
+	@$(RUN) benchmarks/siblings.py
+	@$(RUN) benchmarks/conversion.py
 	@$(RUN) benchmarks/explorers.py
 	@$(RUN) benchmarks/waiting.py
 	@if command -v nvidia-smi >/dev/null; then $(RUN) benchmarks/gpu.py; else echo "no GPU here: benchmarks/gpu.py left out"; fi

@@ -23,7 +23,7 @@ def script(monkeypatch):
     """A script of benchmarks/ as a module."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("common", "decode_attention", "explorers", "gpu"):
+    for name in ("common", "decode_attention", "explorers", "gpu", "siblings"):
         sys.modules.pop(name, None)
 
 
@@ -65,6 +65,7 @@ def test_the_waiting_script_measures_the_import_and_writes_nothing_when_quick():
         ("lookup_seeds.py", ["learned nothing, answer_in wish", "payloads repeated", "head_dim 48", "w_q_is_w_k True"]),
         ("heads_seeds.py", ["32 heads of 16"]),
         ("induction_seeds.py", ["every branch ran"]),
+        ("sharing_seeds.py", ["four tables", "one table", "8 heads of 64 on 1"]),
     ],
 )
 def test_a_script_for_many_seeds_runs_every_setting_and_writes_nothing_when_quick(script, settings):
@@ -73,6 +74,31 @@ def test_a_script_for_many_seeds_runs_every_setting_and_writes_nothing_when_quic
     assert done.returncode == 0, done.stderr
     assert [setting for setting in settings if setting not in done.stdout] == []
     assert records() == before
+
+
+def test_the_siblings_script_runs_both_comparisons_and_writes_nothing_when_quick():
+    before = records()
+    done = run("siblings.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    for shape in ("sibling", "wider"):
+        assert f"{shape:8}  1 K/V heads,    2 ×    16" in done.stdout
+    assert records() == before
+
+
+def test_the_siblings_script_counts_what_a_step_reads_and_fills_the_same_memory(script):
+    siblings = script("siblings")
+    config = siblings.SIBLING.replace(vocab_size=64, d_model=32, n_layers=1, d_ff=48, head_dim=8)
+    asked = {"toy": config}, {"toy": (8, 2, 1)}, {"toy": [(3, 16)]}, {"toy": (300_000, 16)}
+    result = siblings.measure(*asked, bandwidth=1e9, repetitions=1)
+    per_row = [2 * n * 16 * 8 * 4 for n in (8, 2, 1)]
+    assert [row["cache_bytes"] for row in result["equal_batch"]] == [3 * nbytes for nbytes in per_row]
+    for row, nbytes in zip(result["equal_memory"], per_row, strict=True):
+        weights = memory.weight_bytes(config.replace(n_kv_heads=row["n_kv_heads"]), "float32")
+        assert weights + row["cache_bytes"] <= 300_000 < weights + row["cache_bytes"] + nbytes
+        assert row["cache_bytes"] == row["batch"] * nbytes
+    by_bytes = [row["times_multi_head_by_bytes"] for row in result["equal_batch"]]
+    assert by_bytes == sorted(by_bytes) and by_bytes[0] == 1
+    assert all(row["times_multi_head"]["median"] == 1 for part in result.values() for row in part[::3])
 
 
 def test_the_explorers_script_paints_and_hovers_and_writes_nothing_when_quick():
@@ -183,19 +209,12 @@ def test_the_quick_decode_benchmark_checks_its_forms_and_writes_nothing():
     assert records() == before
 
 
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 8])
-def test_all_forms_of_decode_attention_give_the_same_numbers(script, n_kv_heads):
-    q, k, v = torch.randn(1, 8, 1, 16), torch.randn(1, n_kv_heads, 50, 16), torch.randn(1, n_kv_heads, 50, 16)
-    outputs = [call() for call in script("decode_attention").forms(q, k, v).values()]
-    assert len(outputs) == 3
-    for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0])
-
-
 def test_decode_attention_counts_caches_and_copies(script):
-    result = script("decode_attention").measure(cached=2000, n_heads=8, head_dim=16, repetitions=1)
-    rows = {(row["n_kv_heads"], row["form"]): row for row in result["rows"]}
-    assert len(rows) == 9
+    measured = script("decode_attention").measure(cached=2000, n_heads=8, head_dim=16, repetitions=1)
+    rows = {(row["n_kv_heads"], row["form"]): row for row in measured}
+    assert len(rows) == 12
+    base = rows[8, measured[0]["best_multi_head"]]
+    assert base["times_faster_than_best_multi_head"]["median"] == 1 and base["form"] in ("grouped", "matmul")
     for n_kv_heads in (8, 2, 1):
         assert rows[n_kv_heads, "grouped"]["cache_bytes"] == 2 * n_kv_heads * 2000 * 16 * 4
     for n_kv_heads in (2, 1):  # repeating makes the multi-head cache again
@@ -203,12 +222,22 @@ def test_decode_attention_counts_caches_and_copies(script):
         assert rows[n_kv_heads, "grouped"]["extra_bytes"] < rows[n_kv_heads, "grouped"]["cache_bytes"]
 
 
+def test_the_conversion_script_converts_trains_on_and_writes_nothing_when_quick():
+    before = records()
+    done = run("conversion.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    for pooling in ("mean", "first", "random", "aligned mean"):
+        assert f" 1 K/V heads, {pooling:12}:" in done.stdout
+    assert " 2 K/V heads, none" in done.stdout
+    assert records() == before
+
+
 def test_verdicts_compare_with_the_targets(script):
     decode = script("decode_attention")
 
     def row(n_kv_heads, faster, extra):
-        return {"n_kv_heads": n_kv_heads, "form": "grouped", "times_faster_than_multi_head": {"median": faster},
-                "cache_bytes": 100, "extra_bytes": extra}  # fmt: skip
+        return {"dtype": "float32", "n_kv_heads": n_kv_heads, "form": "grouped", "cache_bytes": 100,
+                "times_faster_than_best_multi_head": {"median": faster}, "extra_bytes": extra}  # fmt: skip
 
     result = {"setting": {"n_heads": 32}, "rows": [row(32, 1.0, 1), row(8, 2.9, 5), row(1, 8.0, 4)]}
     assert [verdict["reached"] for verdict in decode.verdicts(result)] == [False, True, True, False, True]

@@ -54,13 +54,24 @@ def run(capsys, *args):
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["generate", "--help"], ["explore", "--help"], ["memory", "-h"], ["doctor", "--help"], []]
+    "args",
+    [
+        ["--help"],
+        ["generate", "--help"],
+        ["explore", "--help"],
+        ["memory", "-h"],
+        ["choose", "-h"],
+        ["doctor", "--help"],
+        [],
+    ],
 )
 def test_help_teaches_with_examples(capsys, args):
     code, out, err = run(capsys, *args)
     assert code == 0 and err == "" and "Usage: attnlab" in out
     if args[:1] == ["explore"]:
         assert '  attnlab explore "def add(a, b):" --out maps.html' in out
+    elif args[:1] == ["choose"]:
+        assert "  attnlab choose mistral-7b-v0.2 --card a100 --context 4096 --batch 16" in out
     elif args[:1] != ["doctor"]:
         assert '  attnlab generate "def"' in out or "  attnlab memory mistral-7b-v0.1 llama-2-7b" in out
 
@@ -240,6 +251,13 @@ def test_memory_reads_a_folder_and_agrees_with_the_real_cache(capsys, folder):
     assert "companion" in out and "small" in out
 
 
+def test_choose_says_which_style_and_why(capsys, folder):
+    code, out, _ = run(capsys, "choose", "mistral-7b-v0.2", "--card", "a100", "--batch", "16")
+    assert code == 0 and out == f"{attnlab.memory.choose('mistral-7b-v0.2', 'A100 SXM, 80 GB', 4096, 16)}\n"
+    code, out, _ = run(capsys, "choose", folder, "--card", "l4", "--context", "100", "--quantize", "int8")
+    assert code == 0 and "small, 1 × 100 tokens in bfloat16 with int8 weights, L4, 24 GB" in out
+
+
 def test_memory_through_typer_s_runner():
     result = runner.invoke(cli.app, ["memory", "Mistral-7B-v0.3"])
     assert result.exit_code == 0 and "mistral-7b-v0.3" in result.stdout
@@ -295,6 +313,8 @@ def test_doctor_ends_with_1_and_says_what_to_do(capsys, monkeypatch):
         (["memory", "mistral-7b"], 2, "mistral-7b-v0.1"),
         (["memory", "mistral-7b-v0.1", "--context", "0"], 2, "context must be"),
         (["memory", "mistral-7b-v0.1", "--dtype", "int3"], 2, "int3"),
+        (["choose", "mistral-7b-v0.1"], 2, "--card"),
+        (["choose", "mistral-7b-v0.1", "--card", "abacus"], 2, "there are T4"),
         (["memory", "mistral-7b-v0.1", "--device-gb", "-5"], 2, "device_bytes"),
         (["no-such-command"], 2, "no-such-command"),
     ],

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import attnlab.loading as loading
+from attnlab import companion
 from attnlab.checkpoint import load_model, save_model
 from attnlab.errors import CapacityError, CheckpointError, ConfigError, InputError
 from attnlab.loading import LanguageModel, free_bytes, load
@@ -69,6 +70,17 @@ def test_the_companion_loads_from_inside_the_package(monkeypatch, tmp_path):
     assert lm.name == lm.config.name == lm.model.config.name == "companion"
     assert lm.tokenizer.vocab_size == lm.config.vocab_size
     assert lm.model(torch.tensor([lm.tokenizer.encode("def")])).isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "n_kv_heads"), [("multi-head", 8), ("grouped-query", 2), ("multi-query", 1)])
+def test_the_siblings_load_by_name_and_differ_in_kv_heads_alone(name, n_kv_heads, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # a folder of the same name doesn't hide it
+    lm = load(name, device="cpu")
+    assert (lm.name, lm.config.n_kv_heads, lm.config.window) == (name, n_kv_heads, None)
+    of = {row["name"]: row for row in companion.siblings() if row["seed"] == 0}[name]
+    assert sum(p.numel() for p in lm.model.parameters()) == of["parameters"]
+    assert of["bits_per_byte"]["cold_256"] == companion.report(name)["bits_per_byte"]["cold_256"]
 
 
 @pytest.mark.parametrize("layout", ["hf", "mistral"])

@@ -3,9 +3,18 @@
 import subprocess
 import sys
 
+import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attnlab.measure import peak_bytes, processor_name, read_bandwidth
+from attnlab.measure import (
+    attention_kernels,
+    grouped_query_forms,
+    peak_bytes,
+    peak_flops,
+    processor_name,
+    read_bandwidth,
+)
 
 
 def test_peak_counts_what_is_held_at_once():
@@ -33,6 +42,40 @@ def test_bandwidth_is_a_rate():
     assert read_bandwidth(nbytes=20_000_000, repetitions=2) > 1e6
 
 
+def test_the_peak_of_arithmetic_is_a_rate():
+    assert peak_flops(size=256, repetitions=2) > 1e6
+
+
 def test_the_processor_has_a_name_without_what_differs_from_one_start_to_the_next():
     assert processor_name() and processor_name() == processor_name().strip()
     assert "MHz" not in processor_name()
+
+
+def new_token(n_kv_heads, S=500):
+    g = torch.Generator().manual_seed(n_kv_heads)
+    return torch.randn(1, 8, 1, 16, generator=g), *torch.randn(2, 1, n_kv_heads, S, 16, generator=g)
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 8])
+def test_all_forms_of_grouped_query_attention_give_the_same_numbers(n_kv_heads):
+    forms = grouped_query_forms(*new_token(n_kv_heads))
+    assert list(forms) == ["repeat", "enable_gqa", "grouped", "matmul"]
+    outputs = [call() for call in forms.values()]
+    for output in outputs:
+        assert output.shape == (1, 8, 1, 16)
+        torch.testing.assert_close(output, outputs[0])
+
+
+def test_only_repeating_copies_keys_and_values():
+    q, k, v = new_token(2, S=20_000)
+    taken = {form: peak_bytes(call) for form, call in grouped_query_forms(q, k, v).items()}
+    assert taken.pop("repeat") >= 4 * (k.nbytes + v.nbytes)  # the multi-head cache, made anew
+    assert max(taken.values()) < 0.5 * (k.nbytes + v.nbytes)
+
+
+def test_the_kernel_that_ran_is_named():
+    forms = grouped_query_forms(*new_token(2))
+    assert attention_kernels(forms["enable_gqa"]) == ["_scaled_dot_product_flash_attention_for_cpu"]
+    assert attention_kernels(forms["matmul"]) == []
+    with sdpa_kernel(SDPBackend.MATH):
+        assert attention_kernels(forms["enable_gqa"]) == ["_scaled_dot_product_attention_math"]

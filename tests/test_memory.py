@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from attnlab import Mistral, MistralConfig, memory
 from attnlab.errors import AttnlabError, ConfigError
@@ -342,3 +343,194 @@ def test_every_account_is_a_whole_number():
         memory.fits(V01, 24e9).total,
     ):
         assert type(number) is int
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_other_kv_heads_are_accounted_as_the_model_that_has_them(n_kv_heads):
+    changed = memory.with_kv_heads(small(name="mine"), n_kv_heads)
+    made = small(n_kv_heads=n_kv_heads)
+    assert changed.weights == memory.as_shape(made).weights and changed.n_kv_heads == n_kv_heads
+    assert memory.n_params(changed) == sum(p.numel() for p in on_meta(made).parameters())
+    assert memory.kv_cache_bytes(changed, 9, 3) == memory.kv_cache_bytes(made, 9, 3)
+    assert memory.bytes_per_step(changed, 9, 3, quantize="int8") == memory.bytes_per_step(made, 9, 3, quantize="int8")
+
+
+@pytest.mark.parametrize("name, family", [("qwen2.5-7b", "qwen2"), ("gemma-2-2b", "gemma2"), ("llama-2-70b", "llama")])
+def test_other_kv_heads_of_other_families_are_those_of_transformers(name, family):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    s = memory.SHAPES[name]
+
+    def published(n_kv_heads):
+        config = CONFIG_MAPPING[family](
+            hidden_size=s.d_model, num_hidden_layers=s.n_layers, num_attention_heads=s.n_heads, head_dim=s.head_dim,
+            num_key_value_heads=n_kv_heads, intermediate_size=64, vocab_size=64,
+        )  # fmt: skip
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+    for n_kv_heads in (1, s.n_heads):
+        more = memory.n_params(memory.with_kv_heads(name, n_kv_heads)) - memory.n_params(name)
+        assert more == published(n_kv_heads) - published(s.n_kv_heads)
+
+
+def test_the_same_number_of_kv_heads_is_the_same_shape():
+    for name, shape in memory.SHAPES.items():
+        if shape.latent_dim is None:
+            assert memory.with_kv_heads(name, shape.n_kv_heads) is shape
+    assert memory.with_kv_heads(UNCOUNTED, 71).kind == "multi-head"
+
+
+def test_the_speed_up_goes_from_the_weights_ratio_to_the_caches_ratio_and_never_beyond():
+    multi_head = memory.with_kv_heads(V02, 32)
+    at = [memory.speed_up(V02, multi_head, 4096, batch) for batch in (1, 8, 64, 512, 10**6)]
+    assert at == sorted(at) and at[-1] < 4 and at[-1] == pytest.approx(4, rel=1e-3)
+    assert at[0] == memory.bytes_per_step(multi_head, 4096) / memory.bytes_per_step(V02, 4096)
+    assert memory.speed_up(V02, "llama-2-7b", 2560) == 1 == memory.speed_up(V02, V02, 77, 3)
+
+
+def test_filled_devices_are_compared_at_each_ones_own_largest_batch():
+    for context, device in ((512, 24e9), (4096, 80e9)):
+        rates = []
+        for name in (V02, "llama-2-7b"):
+            batch = memory.largest_batch(name, device, context)
+            rates.append(memory.decode_ceiling(name, 123.0, context, batch))
+        assert memory.speed_up_filled(V02, "llama-2-7b", device, context) == pytest.approx(rates[0] / rates[1])
+    assert memory.speed_up_filled(V02, V02, 24e9, 100) == 1
+
+
+def test_a_card_goes_by_the_words_its_name_begins_with():
+    assert memory.as_card("l4") is memory.CARDS["L4, 24 GB"] and memory.as_card("L40S").nbytes == 48 * 10**9
+    assert memory.as_card("rtx 4090").bandwidth == 1008e9
+    mine = memory.Card("mine", 10**9, 1e9)
+    assert memory.as_card(mine) is mine
+    for name, card in memory.CARDS.items():
+        assert memory.as_card(name) is card
+
+
+@pytest.mark.parametrize(
+    "card, batch, n_kv_heads, why",
+    [
+        ("a100", 1, 32, "the weights bind"),
+        ("a100", 16, 8, "the cache binds"),
+        ("a100", 64, 4, "the cache binds"),
+        ("t4", 1, 4, "memory binds: 32 K/V heads need 18.69 GiB of 14.90 GiB"),
+        ("rtx 4090", 8, 8, "memory binds"),
+        ("t4", 32, None, "even 1 K/V head needs"),
+    ],
+)
+def test_the_choice_gives_up_no_more_heads_than_it_must_and_says_what_binds(card, batch, n_kv_heads, why):
+    choice = memory.choose(V02, card, 4096, batch)
+    assert why in choice.reason and choice.reason in " ".join(str(choice).split())
+    assert [style.shape.n_kv_heads for style in choice.styles] == [32, 16, 8, 4, 2, 1]
+    fitting = [style for style in choice.styles if style.fit]
+    if n_kv_heads is None:
+        assert choice.chosen is None and not fitting
+        return
+    assert choice.chosen.shape.n_kv_heads == n_kv_heads and choice.chosen.fit
+    assert choice.chosen.ceiling >= 0.5 * max(style.ceiling for style in fitting)
+    for style in fitting[: fitting.index(choice.chosen)]:
+        assert style.ceiling < 0.5 * fitting[-1].ceiling
+
+
+def test_a_choice_holds_the_accounts_of_every_style():
+    choice = memory.choose("falcon-7b", "l4", 2048, 8, quantize="int8")
+    assert [style.shape.n_kv_heads for style in choice.styles] == [71, 1]
+    for style in choice.styles:
+        read = memory.bytes_per_step(style.shape, 2048, 8, quantize="int8")
+        assert style.cache_share * read == pytest.approx(memory.kv_cache_bytes(style.shape, 2048, 8))
+        assert style.ceiling == pytest.approx(8 * 300e9 / read)
+        assert bool(style.fit) == (style.largest_batch >= 8)
+    assert memory.choose(V02, "a100", 4096, 16, at_least=1).chosen.shape.n_kv_heads == 1
+    assert memory.choose(V02, "a100", 4096, 16, at_least=0).chosen.shape.n_kv_heads == 32
+
+
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        (lambda: memory.with_kv_heads(V02, 5), "multiple"),
+        (lambda: memory.with_kv_heads("deepseek-v2", 8), "latent"),
+        (
+            lambda: memory.with_kv_heads(memory.ModelShape("odd", 2, 4, 4, 8, weights=memory.Weights(1, 1)), 2),
+            "d_model",
+        ),
+        (lambda: memory.speed_up_filled(V02, "llama-2-7b", 16e9, 4096), "not one row of 4,096 tokens fits beside"),
+        (lambda: memory.speed_up(V02, UNCOUNTED, 10), "only its cache"),
+        (lambda: memory.choose(V02, "h1"), "no one card"),
+        (lambda: memory.choose(V02, 80e9), "expected a memory.Card"),
+        (lambda: memory.choose(V02, "h100", at_least=2), "share of the fastest"),
+        (lambda: memory.choose("deepseek-v3", "h100"), "latent"),
+    ],
+)
+def test_bad_questions_about_styles_raise_one_error_that_says_what_to_do(call, expected):
+    with pytest.raises(AttnlabError, match=expected):
+        call()
+
+
+def counted(call) -> int:
+    """What torch counts of the readable path; of its fused kernel on a CPU it counts nothing."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("last_only", [False, True])
+def test_operations_equal_what_torch_counts_of_a_real_model(n_kv_heads, tie, last_only):
+    config = small(n_kv_heads=n_kv_heads, tie_embeddings=tie, window=None)
+    model, ids = Mistral(config).requires_grad_(False), torch.randint(37, (2, 7))
+    how = {"last_only": last_only, "on_weights": lambda layer, weights: None}
+
+    prefill = counted(lambda: model(ids, **how))
+    masked = 2 * 4 * config.n_heads * config.head_dim * config.n_layers * (7 * 7 - 7 * 8 // 2)  # the hidden pairs
+    assert memory.flops(config, 7, batch=2, last_only=last_only) + masked == prefill
+
+    cache = model.new_cache(2, 16)
+    model(ids, cache=cache)
+    step = counted(lambda: model(ids[:, :1], cache=cache, **how))
+    assert memory.flops(config, 1, cached=7, batch=2, last_only=last_only) == step
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+def test_taking_in_token_by_token_or_at_once_is_as_many_operations(window):
+    config = small(window=window)
+    for cached, T in ((0, 12), (2, 6), (7, 3), (11, 1)):
+        one_by_one = sum(memory.flops(config, 1, cached=cached + i) for i in range(T))
+        assert memory.flops(config, T, cached, last_only=False) == one_by_one
+    assert memory.flops(config, 5, 3, batch=3) == 3 * memory.flops(config, 5, 3)
+
+
+def test_attention_to_a_long_cache_has_the_group_size_as_its_intensity():
+    for n_kv_heads in (1, 8, 32):
+        shape = memory.with_kv_heads(V02, n_kv_heads)
+        work = memory.flops(shape, 1, 100_000) - memory.flops(shape, 1, 0)
+        read = memory.bytes_per_step(shape, 100_000) - memory.bytes_per_step(shape, 0)
+        assert work / read == shape.group_size
+
+
+def test_the_roof_is_flat_above_the_ridge_and_bandwidth_below():
+    assert memory.attainable(0.5, 100.0, 10.0) == 5.0
+    assert memory.attainable(10.0, 100.0, 10.0) == memory.attainable(1e9, 100.0, 10.0) == 100.0
+    with pytest.raises(ConfigError, match="positive"):
+        memory.attainable(0, 1, 1)
+
+
+def test_intensity_is_operations_over_bytes_and_grows_with_the_tokens_of_a_pass():
+    values = [memory.intensity(V02, T) for T in (1, 8, 64, 512)]
+    assert values == sorted(values) and values[0] == pytest.approx(1, rel=0.01)
+    assert memory.intensity(V02, 1, 100, 4) == memory.flops(V02, 1, 100, 4) / memory.bytes_per_step(V02, 100, 4)
+
+
+def test_operations_that_cannot_be_counted_are_refused():
+    with pytest.raises(ConfigError, match="latent"):
+        memory.flops("deepseek-v2", 1)
+    with pytest.raises(ConfigError, match="cached counts"):
+        memory.flops(V02, 1, cached=-1)
+    with pytest.raises(ConfigError, match="new_tokens"):
+        memory.flops(V02, 0)
+
+
+def test_a_cards_operations_have_a_source_and_a_ridge_far_above_one():
+    for card in memory.CARDS.values():
+        assert card.flops is None or (card.flops_source and 100 < card.flops / card.bandwidth < 1000)

@@ -85,6 +85,7 @@ def typical() -> dict[str, Figure]:
         "lines": plots.lines(x, caches, "context (tokens)", "cache (GiB)", logx=True, logy=True, title="a row's cache"),
         "bars": plots.bars(["32 K/V heads", "8 K/V heads"], [524_288, 131_072], "bytes a token"),
         "bytes": plots.stacked_bytes(memory.compare(names[:3], 32_768, 2), 24e9),
+        "roofline": plots.roofline({"a machine": (1e11, 1e10)}, {"products": ([0.5, 4, 64], [4e9, 3e10, 9e10])}),
     }
 
 
@@ -302,3 +303,12 @@ def test_a_knob_is_stills_on_a_page_and_a_slider_in_a_notebook():
 def test_a_knob_with_nothing_to_turn_through_is_refused():
     with pytest.raises(ConfigError, match="needs values"):
         plots.knob(lambda ax, n: None, "n", [])
+
+
+def test_a_roofline_rises_with_the_bandwidth_to_the_peak_and_holds_its_points():
+    fig = plots.roofline({"machine": (100.0, 10.0)}, {"work": ([1, 20], [8, 90])}, title="a roof")
+    roof, work = fig.axes[0].lines
+    assert roof.get_ydata().max() == 100 and np.allclose(work.get_xydata(), [[1, 8], [20, 90]])
+    below = roof.get_xdata() < 10
+    assert np.allclose(roof.get_ydata()[below], 10 * roof.get_xdata()[below])
+    assert fig.axes[0].get_xlabel() and fig.axes[0].get_ylabel()

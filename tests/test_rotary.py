@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.errors import ConfigError, ShapeError
-from attnlab.rotary import apply_rotary, halves_to_interleaved, interleaved_to_halves, rotary_angles
+from attnlab.rotary import apply_rotary, halves_to_interleaved, interleaved_to_halves, rotary_angles, wavelengths
 
 
 def rotated(x, position, theta=1e4, layout="halves"):
@@ -70,9 +70,26 @@ def test_rows_may_stand_at_different_positions():
         )
 
 
+@pytest.mark.parametrize("theta", [1e2, 1e4, 1e6])
+def test_after_a_wavelength_a_pair_is_back_where_it_began(theta):
+    for i, wavelength in enumerate(wavelengths(8, theta)):
+        for turn, cos_there in ((0.5, -1.0), (1.0, 1.0)):
+            cos, sin = rotary_angles(turn * wavelength[None], 8, theta)
+            torch.testing.assert_close(cos[0, i].item(), cos_there, atol=1e-4, rtol=0)
+            assert abs(sin[0, i]) < 1e-3
+
+
+def test_a_larger_theta_slows_every_pair_but_the_first():
+    slow, fast = wavelengths(128, 1e6), wavelengths(128, 1e4)
+    assert slow[0] == fast[0] and (slow[1:] > fast[1:]).all()
+    torch.testing.assert_close(slow / fast, 100 ** (torch.arange(64, dtype=torch.double) / 64))
+
+
 def test_what_cannot_work_is_refused():
     with pytest.raises(ConfigError, match="even"):
         rotary_angles(torch.arange(3), 7)
+    with pytest.raises(ConfigError, match="even"):
+        wavelengths(7)
     with pytest.raises(ConfigError, match="positive"):
         rotary_angles(torch.arange(3), 8, theta=0)
     with pytest.raises(ShapeError, match="expected cos"):

@@ -127,9 +127,11 @@ TOY = {"n_keys": 8, "n_values": 4, "d_model": 32, "steps": 250}
 
 
 def test_a_token_is_told_the_values_at_the_places_it_wants():
-    row = torch.tensor([[5, 6, 7], [1, 2, 3]])
+    rows = torch.tensor([[[5, 6, 7]], [[1, 2, 3]]])  # one table
     index = torch.tensor([[[2, 0]], [[1, 1]]])
-    assert tasks._for_each_token(row, index).tolist() == [[[7, 5]], [[2, 2]]]
+    assert tasks._for_each_token(rows, index).tolist() == [[[7, 5]], [[2, 2]]]
+    two_tables = torch.tensor([[[5, 6, 7], [50, 60, 70]]])
+    assert tasks._for_each_token(two_tables, torch.tensor([[[2, 0], [1, 1]]])).tolist() == [[[7, 50], [6, 60]]]
 
 
 def test_n_heads_changes_no_parameters_and_head_dim_does():
@@ -155,6 +157,29 @@ def test_a_head_of_one_number_cannot_pick_out_most_places():
 def test_fetching_is_seeded():
     first, same, other = (tasks.learn_to_fetch(2, 2, seed=seed, **TOY | {"steps": 5}) for seed in (1, 1, 2))
     assert np.array_equal(first.share, same.share) and not np.array_equal(first.share, other.share)
+
+
+# learn_to_fetch with shared keys and values (chapter 6)
+
+
+def test_one_kv_head_serves_one_table_as_well_as_four_do_and_fails_at_two_tables():
+    how = TOY | {"n_heads": 4, "head_dim": 4, "n_wanted": 2, "steps": 500}
+    alone, shared = (tasks.learn_to_fetch(n_kv_heads=n, n_tables=2, **how).accuracy for n in (4, 1))
+    assert alone.min() > 0.9 and shared.max() > 0.9 > 0.8 > shared.min()
+    assert tasks.learn_to_fetch(n_kv_heads=1, n_tables=1, **how).accuracy.min() > 0.9
+
+
+def test_sharing_takes_parameters_from_keys_and_values_alone():
+    how = TOY | {"n_heads": 4, "head_dim": 8, "n_wanted": 2, "steps": 1}
+    apart, shared = (tasks.learn_to_fetch(n_kv_heads=n, **how).n_parameters for n in (4, 1))
+    assert apart - shared == 2 * 3 * 8 * 32
+    tables = [tasks.learn_to_fetch(n_tables=n, **how).n_parameters for n in (1, 2)]
+    assert tables[1] - tables[0] == (8 + 4) * 32  # the second table's keys and values
+
+
+def test_tables_are_one_or_as_many_as_wishes():
+    with pytest.raises(ConfigError, match="n_tables is 1 or n_wanted=4"):
+        tasks.learn_to_fetch(4, 4, n_tables=2, **TOY)
 
 
 # learn_to_repeat (chapter 4)

@@ -1,4 +1,5 @@
-"""The command line: ``attnlab doctor``, ``attnlab generate``, ``attnlab explore``, ``attnlab memory``.
+"""The command line: ``attnlab doctor``, ``attnlab generate``, ``attnlab explore``, ``attnlab memory``,
+``attnlab choose``, ``attnlab convert``.
 
 What a command prints goes to stdout; progress, notes and errors go to stderr. Exit codes: 0 done, 1 failed, 2 wrong input,
 130 interrupted. Heavy imports wait until a command needs them, so that ``--help`` is quick.
@@ -254,6 +255,30 @@ def memory(
             print(f"{row['model']} was made for fewer than {context:,} tokens: arithmetic only")
 
 
+@app.command(short_help="How many K/V heads for this model, card and batch?")
+def choose(
+    name: Annotated[str, typer.Argument(help='A model by name, "companion" or a sibling, or a checkpoint folder.')],
+    card: Annotated[str, typer.Option(help='A card by the first words of its name: "h100", "rtx 4090".')],
+    context: Annotated[int, typer.Option(help="Tokens behind each row of the batch.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4: how linear weights are stored.")] = None,
+    at_least: Annotated[float, typer.Option(help="Of the fastest style's speed, the share to keep.")] = 0.5,
+) -> None:
+    """Multi-head, grouped-query or multi-query: the most K/V heads that fit and keep a share of the fastest style's speed.
+
+    \b
+    Examples
+      attnlab choose mistral-7b-v0.2 --card a100 --context 4096 --batch 16
+      attnlab choose llama-2-7b --card "rtx 4090" --batch 4 --quantize int4
+
+    Speeds are ceilings: the card's bandwidth over the bytes that a step reads. Of quality the arithmetic knows nothing.
+    """
+    from attnlab import memory as accounts
+
+    print(accounts.choose(_model_shape(name), card, context, batch, dtype, quantize, at_least=at_least))
+
+
 def _model_shape(name: str):
     """A preset's name, or the config of a folder."""
     from attnlab import companion
@@ -291,6 +316,32 @@ def _table(title: str, columns: list[str], lines: dict[str, list[str]]) -> None:
     for name, cells in lines.items():
         table.add_row(name, *cells)
     Console(width=None if sys.stdout.isatty() else 1000).print(table)
+
+
+@app.command(short_help="Give a model fewer K/V heads.")
+def convert(
+    name: Annotated[str, typer.Argument(help='"multi-head" or another model of attnlab, a folder, or a hub id.')],
+    out: Annotated[Path, typer.Option(help="The folder to write, which must not exist yet.")],
+    n_kv_heads: Annotated[int, typer.Option(help="How many key/value heads it shall have.")],
+    pooling: Annotated[str, typer.Option(help="mean, first or random: how a group's heads become one.")] = "mean",
+    align: Annotated[bool, typer.Option("--align", help="Turn the heads towards each other before.")] = False,
+    seed: Annotated[int, typer.Option(help="For random pooling.")] = 0,
+) -> None:
+    """Pool the key/value heads of a model into fewer, and write it as a folder that attnlab and transformers load.
+
+    \b
+    Examples
+      attnlab convert multi-head --n-kv-heads 2 --out grouped
+      attnlab convert multi-head --n-kv-heads 1 --align --out one-head
+
+    The model runs at once and predicts worse; training it on for a while brings most of it back (chapter 7).
+    """
+    from attnlab import memory as accounts
+    from attnlab.convert import convert_folder
+
+    model = convert_folder(name, out, n_kv_heads, pooling, seed, align)
+    size = accounts.human_bytes(accounts.kv_bytes_per_token(model.config, model.dtype))
+    print(f"{out}: {model.config.n_heads} query heads on {n_kv_heads} K/V heads, {size} of cache a token")
 
 
 @app.command(short_help="Check this machine.")

@@ -67,7 +67,7 @@ def load(
     device = parse_device(_best_device() if device is None else device)
     if dtype is not None:
         dtype = parse_dtype(dtype)
-    name, folder = _find(str(name), revision, progress)
+    name, folder = find_folder(str(name), revision, progress)
     config = read_config(folder).replace(name=name)
     dtype = _best_dtype(config, stored_dtype(folder), device) if dtype is None else dtype
     _check_room(config, dtype, device)
@@ -144,8 +144,8 @@ def _check_room(config: MistralConfig, dtype: torch.dtype, device: torch.device)
 # ---- where a name leads -----------------------------------------------------------------------------------------------
 
 
-def _find(name: str, revision: str | None, progress: bool) -> tuple[str, Path]:
-    """The name to show and the folder with the files, which the hub may have to bring first."""
+def find_folder(name: str, revision: str | None, progress: bool) -> tuple[str, Path]:
+    """The name to show and the folder with the files, which the hub may have to bring first. Raises as ``load`` does."""
     shipped = companion.folder(name)
     folder = shipped or Path(name).expanduser()
     if shipped or (name and folder.exists()):

@@ -9,6 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from attnlab.attention import scaled_dot_product_attention
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise writes two lines a call into a notebook
 
@@ -27,6 +33,47 @@ def peak_bytes(call: Callable[[], object]) -> int:
         peak = max(peak, held)
     del result
     return peak
+
+
+def attention_kernels(call: Callable[[], object]) -> list[str]:
+    """The operations named after attention that torch ran in ``call``, innermost ones: which kernel did the work.
+
+    ``_scaled_dot_product_flash_attention_for_cpu`` is fused; ``_scaled_dot_product_attention_math`` is the formula in
+    single steps; none means that no kernel of attention was asked.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    names = {event.name.removeprefix("aten::") for event in profile.events()}
+    return sorted(name for name in names if name.startswith("_scaled_dot_product"))
+
+
+def grouped_query_forms(
+    q: Float[Tensor, "B H 1 D"], k: Float[Tensor, "B Hkv S D"], v: Float[Tensor, "B Hkv S D"]
+) -> dict[str, Callable[[], Tensor]]:
+    """Attention of one new token, in four ways that give the same numbers, as calls without arguments.
+
+    ``repeat``: every K/V head copied until there are as many as query heads, if there are fewer, then torch's kernel.
+    ``enable_gqa``: torch's kernel told that there are fewer. ``grouped``: this package's, a group's query heads as so many
+    queries. ``matmul``: the same grouping by two matrix products and a softmax.
+    """
+    Hkv, D = k.shape[1], k.shape[3]
+    G = q.shape[1] // Hkv
+
+    def repeat() -> Tensor:
+        keys, values = (x if G == 1 else x.repeat_interleave(G, dim=1) for x in (k, v))  # (B, H, S, D)
+        return F.scaled_dot_product_attention(q, keys, values)
+
+    def matmul() -> Tensor:
+        queries = rearrange(q, "B (Hkv G) 1 D -> B Hkv G D", Hkv=Hkv)
+        weights = (queries @ k.mT * D**-0.5).softmax(-1)  # (B, Hkv, G, S)
+        return rearrange(weights @ v, "B Hkv G D -> B (Hkv G) 1 D")
+
+    return {
+        "repeat": repeat,
+        "enable_gqa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        "grouped": lambda: scaled_dot_product_attention(q, k, v),
+        "matmul": matmul,
+    }
 
 
 def read_bandwidth(device: torch.device | str = "cpu", nbytes: int = 512_000_000, repetitions: int = 5) -> float:
@@ -52,6 +99,26 @@ def read_bandwidth(device: torch.device | str = "cpu", nbytes: int = 512_000_000
         torch.mv(matrix, vector, out=out)
         wait()
         rates.append(matrix.nbytes / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def peak_flops(device: torch.device | str = "cpu", size: int = 2048, repetitions: int = 5) -> float:
+    """Operations a second of a square matrix product, the most that a machine does: median of ``repetitions``.
+
+    In float32 on a CPU and in bfloat16 elsewhere, as ``read_bandwidth``; a GPU wants a ``size`` of 8,192 or so.
+    """
+    device = torch.device(device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    out = a @ a  # warm-up
+
+    rates = []
+    for _ in range(repetitions):
+        float(out[0, 0])  # the host waits for the number
+        start = time.perf_counter()
+        torch.mm(a, a, out=out)
+        float(out[0, 0])
+        rates.append(2 * size**3 / (time.perf_counter() - start))
     return statistics.median(rates)
 
 

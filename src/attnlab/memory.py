@@ -12,12 +12,13 @@ machine does faster than its memory allows.
 """
 
 import difflib
+import textwrap
 from dataclasses import dataclass, replace
 
 import torch
 
 from attnlab.attention import check_window
-from attnlab.errors import ConfigError
+from attnlab.errors import CapacityError, ConfigError
 from attnlab.layers import check_heads
 from attnlab.mistral import PRESETS, MistralConfig
 
@@ -38,6 +39,7 @@ class Weights:
         embedding: elements of a matrix that is only looked up: a token reads one row, which the accounts leave out.
         other: read at every step and never quantized: norms, biases, and a matrix that is both embedding and output.
         idle, idle_rows: of ``linear`` and ``linear_rows``, the experts that a token is not sent to.
+        output: elements of the output matrix, which counts in ``linear`` or, where it is the embedding too, in ``other``.
     """
 
     linear: int
@@ -46,6 +48,7 @@ class Weights:
     other: int = 0
     idle: int = 0
     idle_rows: int = 0
+    output: int = 0
 
     @property
     def n_params(self) -> int:
@@ -64,6 +67,7 @@ class ModelShape:
         max_context: tokens the model was made for; None: not stated. The accounts go on beyond it, as arithmetic.
         d_model: size of a token's vector; the accounts do without it.
         source: where the numbers come from.
+        kv_bias: whether the projections to keys and values have a bias; only ``with_kv_heads`` asks.
 
     Raises ConfigError for sizes below 1, heads that do not divide, or windows that are not one a layer.
     """
@@ -79,6 +83,7 @@ class ModelShape:
     max_context: int | None = None
     source: str = ""
     d_model: int | None = None
+    kv_bias: bool = False
 
     def __post_init__(self) -> None:
         for field in ("n_layers", "head_dim", "latent_dim", "max_context", "d_model"):
@@ -159,8 +164,8 @@ def _decoder_weights(
     idle, idle_rows = (n_layers * (n_experts - active) * of_one for of_one in (ff, ff_rows))
     vocabulary, looked_up = vocab_size * d_model, positions * d_model
     if tie:
-        return Weights(linear, rows, looked_up, other + vocabulary, idle, idle_rows)
-    return Weights(linear + vocabulary, rows + vocab_size, looked_up + vocabulary, other, idle, idle_rows)
+        return Weights(linear, rows, looked_up, other + vocabulary, idle, idle_rows, vocabulary)
+    return Weights(linear + vocabulary, rows + vocab_size, looked_up + vocabulary, other, idle, idle_rows, vocabulary)
 
 
 def _decoder(
@@ -172,6 +177,7 @@ def _decoder(
     return ModelShape(
         name, n_layers, n_heads, n_kv_heads, head_dim, windows,
         weights=weights, max_context=max_context, source=source, d_model=d_model,
+        kv_bias=parts.get("qkv_bias", False) or parts.get("bias", False),
     )  # fmt: skip
 
 
@@ -197,7 +203,7 @@ def _deepseek(
     idle, idle_rows = (n_routed * (experts - active) * of_one for of_one in (expert, expert_rows))
     return ModelShape(
         name, n_layers, n_heads, n_heads, head_dim, latent_dim=kv_rank + rope_dim,
-        weights=Weights(linear, rows, vocab_size * d_model, norms, idle, idle_rows), d_model=d_model,
+        weights=Weights(linear, rows, vocab_size * d_model, norms, idle, idle_rows, vocab_size * d_model), d_model=d_model,
         source="deepseek-ai/DeepSeek-V3 inference/configs @9b4e978; arXiv 2405.04434",
     )  # fmt: skip
 
@@ -256,34 +262,93 @@ SHAPES: dict[str, ModelShape] = {
 
 @dataclass(frozen=True)
 class Card:
-    """A device: its memory in bytes, and the bytes a second that its maker says it reads at most."""
+    """A device: its memory in bytes, and what its maker says it does at most.
+
+    Args:
+        bandwidth: bytes a second read. flops: operations a second in float16 (bfloat16 where it has that), in dense
+            matrix products; None where we found no figure that says which it is.
+        source: of memory and bandwidth. flops_source: of the operations.
+    """
 
     name: str
     nbytes: int
     bandwidth: float
     source: str = ""
+    flops: float | None = None
+    flops_source: str = ""
 
 
+_PEAKS = "Lightning-AI/pytorch-lightning src/lightning/fabric/utilities/throughput.py @1526f84"
 # The makers' GB are taken as 10⁹ bytes; most cards hold some percent more, and a driver keeps some for itself.
 CARDS: dict[str, Card] = {
     card.name: card
     for card in (
-        Card("T4, 16 GB", 16 * 10**9, 320e9, "sysrqmts.com/gpus/compare/nvidia-a100-sxm4-40-gb-vs-nvidia-tesla-t4"),
-        Card("L4, 24 GB", 24 * 10**9, 300e9, "store.sourcecode.com/en-us/bg-bucket-compare/125/9820"),
+        Card(
+            "T4, 16 GB",
+            16 * 10**9,
+            320e9,
+            "sysrqmts.com/gpus/compare/nvidia-a100-sxm4-40-gb-vs-nvidia-tesla-t4",
+            flops=65e12,
+            flops_source=_PEAKS,
+        ),
+        Card(
+            "L4, 24 GB",
+            24 * 10**9,
+            300e9,
+            "store.sourcecode.com/en-us/bg-bucket-compare/125/9820",
+            flops=121e12,
+            flops_source=_PEAKS,
+        ),
         Card("RTX 4090, 24 GB", 24 * 10**9, 1008e9, "384 bit × 21 Gbit/s: notebookcheck.pl 677670"),
-        Card("L40S, 48 GB", 48 * 10**9, 864e9, "store.sourcecode.com/en-us/bg-bucket-compare/125/9820"),
-        Card("A100 SXM, 80 GB", 80 * 10**9, 2039e9, "NVIDIA's datasheet, in glennklockwood.com/garden/processors/A100"),
+        Card(
+            "L40S, 48 GB",
+            48 * 10**9,
+            864e9,
+            "store.sourcecode.com/en-us/bg-bucket-compare/125/9820",
+            flops=362e12,
+            flops_source="winston-zhang-orz/gpu-specs specs.md",
+        ),
+        Card(
+            "A100 SXM, 80 GB",
+            80 * 10**9,
+            2039e9,
+            "NVIDIA's datasheet, in glennklockwood.com/garden/processors/A100",
+            flops=312e12,
+            flops_source=_PEAKS,
+        ),
         Card(
             "H100 SXM, 80 GB",
             80 * 10**9,
             3350e9,
             "massivegrid.com/blog/nvidia-h100-vs-h200-key-differences-in-performance-memory-ai-power",
+            flops=989.4e12,
+            flops_source=_PEAKS,
         ),
-        Card("H200, 141 GB", 141 * 10**9, 4800e9, "NVIDIA/TensorRT-LLM docs/source/blogs/H200launch.md @1555478"),
+        Card(
+            "H200, 141 GB",
+            141 * 10**9,
+            4800e9,
+            "NVIDIA/TensorRT-LLM docs/source/blogs/H200launch.md @1555478",
+            flops=989.4e12,
+            flops_source="glennklockwood.com/garden/processors/h100: as the H100",
+        ),
     )
 }
 
 Model = MistralConfig | ModelShape | str
+
+
+def as_card(card: Card | str) -> Card:
+    """A card, or the one in ``CARDS`` whose name begins with these words ("h100"). Raises ConfigError for other names."""
+    if isinstance(card, Card):
+        return card
+    if not isinstance(card, str):
+        raise ConfigError(f"expected a memory.Card or a name; got {type(card).__name__}")
+    begins = f"{card} ".lower().replace(",", "")
+    found = [c for name, c in CARDS.items() if f"{name} ".lower().replace(",", "").startswith(begins)]
+    if len(found) != 1:
+        raise ConfigError(f"no one card is called {card!r}; there are {'; '.join(CARDS)}")
+    return found[0]
 
 
 def as_shape(model: Model) -> ModelShape:
@@ -300,6 +365,40 @@ def as_shape(model: Model) -> ModelShape:
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(SHAPES)}"
         raise ConfigError(f"no model shape is called {model!r}; {hint}")
     raise ConfigError(f"expected a MistralConfig, a ModelShape or a name; got {type(model).__name__}")
+
+
+def with_kv_heads(model: Model, n_kv_heads: int) -> ModelShape:
+    """The same model with another number of key/value heads: its style, parameters and cache change, and nothing else.
+
+    >>> with_kv_heads("mistral-7b-v0.2", 32).kind, with_kv_heads("mistral-7b-v0.2", 1).kind
+    ('multi-head', 'multi-query')
+
+    Raises ConfigError for a number that doesn't divide ``n_heads``, latent attention, or a shape without ``d_model``.
+    """
+    shape = as_shape(model)
+    if shape.latent_dim is not None:
+        raise ConfigError(f"{shape.name} caches a latent in place of keys and values: it has no K/V heads to change")
+    check_heads(shape.n_heads, n_kv_heads)
+    more = 2 * shape.n_layers * (n_kv_heads - shape.n_kv_heads) * shape.head_dim  # rows of W_K and W_V, all layers
+    if more == 0:
+        return shape
+    weights = shape.weights
+    if weights is not None:
+        if shape.d_model is None:
+            raise ConfigError(f"{shape.name} needs its d_model: W_K and W_V have d_model columns")
+        weights = replace(
+            weights,
+            linear=weights.linear + more * shape.d_model,
+            linear_rows=weights.linear_rows + more,
+            other=weights.other + more * shape.kv_bias,
+        )
+    return replace(
+        shape,
+        name=f"{shape.name}, {_heads(n_kv_heads)}",
+        n_kv_heads=n_kv_heads,
+        weights=weights,
+        source=f"{shape.source}, changed",
+    )
 
 
 def n_params(model: Model) -> int:
@@ -404,6 +503,117 @@ def decode_ceiling(
     if not bandwidth > 0:
         raise ConfigError(f"bandwidth is in bytes a second and positive, such as 3.35e12; got {bandwidth}")
     return batch * bandwidth / bytes_per_step(model, context, batch, dtype, quantize)
+
+
+def flops(model: Model, new_tokens: int, cached: int = 0, batch: int = 1, *, last_only: bool = True) -> int:
+    """Operations to take in ``new_tokens`` a row that has ``cached`` behind it: prefill (many) and decode (1) alike.
+
+    A multiplication and an addition count as two. Every matrix meets every new token, the output matrix only the last of
+    them (``last_only=False``: all); and for each query head a query meets every key that it may see, itself included, once
+    for its score and once for its value. What causality and windows hide isn't counted, though a kernel may compute it;
+    nor are norms, rotations and the softmax, which no matrix product does.
+
+    >>> flops("mistral-7b-v0.2", 1), round(flops("mistral-7b-v0.2", 2048) / 1e12, 1)
+    (14221312000, 29.7)
+
+    Raises ConfigError for latent attention, whose operations depend on how it is computed.
+    """
+    shape = as_shape(model)
+    w = _weights(shape)
+    _check_count("new_tokens", new_tokens)
+    _check_count("batch", batch)
+    if isinstance(cached, bool) or not isinstance(cached, int) or cached < 0:
+        raise ConfigError(f"cached counts the tokens before: a whole number of 0 or more; got {cached!r}")
+    if shape.latent_dim is not None:
+        raise ConfigError(f"{shape.name} has latent attention: its operations are not counted here")
+    tied = w.embedding < w.output  # then the output matrix is not among the linear ones
+    inside = w.linear - w.idle - (0 if tied else w.output)
+    products = inside * new_tokens + w.output * (1 if last_only else new_tokens)
+    pairs = sum(_pairs(new_tokens, cached, window) for window in shape.windows)
+    return 2 * batch * (products + 2 * shape.n_heads * shape.head_dim * pairs)
+
+
+def _pairs(T: int, cached: int, window: int | None) -> int:
+    """Query and key pairs of one layer and head: the query at position p sees p + 1 keys, or ``window`` of them."""
+    last = cached + T
+    if window is None or last <= window:
+        return T * cached + T * (T + 1) // 2
+    growing = max(0, window - cached)  # queries whose window isn't full yet
+    return growing * cached + growing * (growing + 1) // 2 + (T - growing) * window
+
+
+def intensity(
+    model: Model,
+    new_tokens: int,
+    cached: int = 0,
+    batch: int = 1,
+    dtype: str | torch.dtype = "bfloat16",
+    quantize: str | None = None,
+) -> float:
+    """Arithmetic intensity: ``flops`` for each byte that must be read, which is ``bytes_per_step``.
+
+    What is written, and what passes between layers, is left out, so the true one is a little lower.
+    """
+    return flops(model, new_tokens, cached, batch) / bytes_per_step(model, cached, batch, dtype, quantize)
+
+
+def attainable(flops_per_byte: float, peak_flops: float, bandwidth: float) -> float:
+    """The roofline (Williams et al. 2009): operations a second at most, for work of this arithmetic intensity.
+
+    Below ``peak_flops / bandwidth``, the ridge, memory is the limit; above it, arithmetic.
+
+    >>> round(attainable(1.0, 989e12, 3.35e12) / 989e12, 4)  # a third of a percent of what an H100 can do
+    0.0034
+    """
+    if not (flops_per_byte > 0 and peak_flops > 0 and bandwidth > 0):
+        raise ConfigError(f"three positive numbers are needed; got {flops_per_byte}, {peak_flops}, {bandwidth}")
+    return min(peak_flops, bandwidth * flops_per_byte)
+
+
+def speed_up(
+    model: Model,
+    other: Model,
+    context: int,
+    batch: int = 1,
+    dtype: str | torch.dtype = "bfloat16",
+    quantize: str | None = None,
+) -> float:
+    """How many times the tokens a second of ``other`` the bytes of a step allow ``model``, both at the same batch.
+
+    >>> round(speed_up("mistral-7b-v0.2", "llama-2-7b", 4096), 2), round(speed_up("mistral-7b-v0.2", "llama-2-7b", 1), 2)
+    (1.04, 0.93)
+    """
+    return bytes_per_step(other, context, batch, dtype, quantize) / bytes_per_step(
+        model, context, batch, dtype, quantize
+    )
+
+
+def speed_up_filled(
+    model: Model,
+    other: Model,
+    device_bytes: float,
+    context: int,
+    dtype: str | torch.dtype = "bfloat16",
+    quantize: str | None = None,
+    reserve: int | None = None,
+) -> float:
+    """The same where each fills one device with as many rows as fit: how many of them decides as much as the bytes do.
+
+    >>> round(speed_up_filled("mistral-7b-v0.2", "llama-2-7b", 80e9, 2048), 1)
+    3.9
+
+    Raises CapacityError if not one row of either fits.
+    """
+    rates = []
+    for one in (model, other):
+        batch = largest_batch(one, device_bytes, context, dtype, quantize, reserve)
+        if batch == 0:
+            raise CapacityError(
+                f"not one row of {context:,} tokens fits beside {as_shape(one).name} on {human_bytes(device_bytes)}: "
+                f"take a larger device, a shorter context, or quantize"
+            )
+        rates.append(decode_ceiling(one, 1.0, context, batch, dtype, quantize))
+    return rates[0] / rates[1]
 
 
 def reserve_bytes(used: int) -> int:
@@ -526,6 +736,114 @@ def compare(
             }
         )
     return rows
+
+
+@dataclass(frozen=True)
+class Style:
+    """One number of key/value heads in a ``Choice``, all else alike; ``batch`` rows are those that were asked for."""
+
+    shape: ModelShape
+    fit: Fit
+    largest_batch: int
+    cache_share: float  # of the bytes a step reads for ``batch`` rows, how much is their cache
+    ceiling: (
+        float  # tokens a second that bandwidth allows at most, all ``batch`` rows together, whether they fit or not
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The answer of ``choose``: every style from multi-head to multi-query, the chosen one (None: none fits), and why."""
+
+    setting: str
+    styles: tuple[Style, ...]
+    chosen: Style | None
+    reason: str
+
+    def __str__(self) -> str:
+        lines = [
+            self.setting,
+            f"{'K/V heads':>9}  {'':13}  {'together':>10}  fits  {'most rows':>9}  {'cache':>5}  {'tokens/s':>8}",
+        ]
+        for s in self.styles:
+            lines.append(
+                f"{s.shape.n_kv_heads:>9}  {s.shape.kind:13}  {human_bytes(s.fit.weights + s.fit.cache):>10}  "
+                f"{'yes' if s.fit else 'no':4}  {s.largest_batch:>9,}  {s.cache_share:>5.0%}  {s.ceiling:>8,.0f}"
+            )
+        name = "none"
+        if self.chosen is not None:
+            name = f"{self.chosen.shape.kind}, {_heads(self.chosen.shape.n_kv_heads)}"
+        return "\n".join([*lines, *textwrap.wrap(f"choose {name}: {self.reason}", 72)])
+
+
+def choose(
+    model: Model,
+    card: Card | str,
+    context: int = 4096,
+    batch: int = 1,
+    dtype: str | torch.dtype = "bfloat16",
+    quantize: str | None = None,
+    *,
+    at_least: float = 0.5,
+) -> Choice:
+    """How many key/value heads to give a model, so that ``batch`` rows of ``context`` tokens decode well on a card.
+
+    Chosen are the most heads that fit and keep ``at_least`` so much of the speed of the fastest style that fits. That
+    is a rule, not a law: bytes say what sharing heads buys, and nothing of what it costs in quality, so the rule gives
+    up no more heads than it must. Speeds are ceilings of bandwidth; with large batches arithmetic may bind first.
+
+    >>> [choose("mistral-7b-v0.2", "A100 SXM, 80 GB", 4096, batch).chosen.shape.n_kv_heads for batch in (1, 16)]
+    [32, 8]
+
+    Raises ConfigError for ``at_least`` outside of 0 to 1, an unknown card, or a model that ``with_kv_heads`` refuses.
+    """
+    shape, card = as_shape(model), as_card(card)
+    if not 0 <= at_least <= 1:
+        raise ConfigError(f"at_least is a share of the fastest style's speed, 0 to 1; got {at_least}")
+    styles = []
+    for n_kv_heads in range(shape.n_heads, 0, -1):
+        if shape.n_heads % n_kv_heads:
+            continue
+        one = with_kv_heads(shape, n_kv_heads)
+        read = bytes_per_step(one, context, batch, dtype, quantize)
+        styles.append(
+            Style(
+                shape=one,
+                fit=fits(one, card.nbytes, context, batch, dtype, quantize),
+                largest_batch=largest_batch(one, card.nbytes, context, dtype, quantize),
+                cache_share=kv_cache_bytes(one, context, batch, dtype) / read,
+                ceiling=decode_ceiling(one, card.bandwidth, context, batch, dtype, quantize),
+            )
+        )
+    chosen, reason = _choice(styles, card, at_least)
+    return Choice(f"{shape.name}, {styles[0].fit.setting}, {card.name}", tuple(styles), chosen, reason)
+
+
+def _choice(styles: list[Style], card: Card, at_least: float) -> tuple[Style | None, str]:
+    """The rule of ``choose``, and what binds, in words."""
+    most, fewest, fitting = styles[0], styles[-1], [style for style in styles if style.fit]
+    all_heads, device = _heads(most.shape.n_kv_heads), human_bytes(card.nbytes)
+    if not fitting:
+        return None, f"memory binds: even {_heads(1)} needs {human_bytes(fewest.fit.total)} of {device}"
+    chosen = next(style for style in fitting if style.ceiling >= at_least * fewest.ceiling)
+    if chosen is most:
+        gain = fewest.ceiling / most.ceiling
+        return chosen, (
+            f"the weights bind: the cache is {most.cache_share:.0%} of what a step reads, so that sharing all heads "
+            f"would make it {gain:.2f} times as fast and no more"
+        )
+    if chosen is fitting[0]:
+        return chosen, (
+            f"memory binds: {all_heads} need {human_bytes(most.fit.total)} of {device}; this is the most that fits"
+        )
+    return chosen, (
+        f"the cache binds: with {all_heads} it is {most.cache_share:.0%} of what a step reads; this is the most that "
+        f"keeps {at_least:.0%} of the speed of {_heads(1)}"
+    )
+
+
+def _heads(n_kv_heads: int) -> str:
+    return f"{n_kv_heads} K/V head{'s' if n_kv_heads > 1 else ''}"
 
 
 def human_bytes(amount: int | float) -> str:

@@ -229,6 +229,30 @@ def bars(
     return _done(ax, title)
 
 
+def roofline(
+    roofs: Mapping[str, tuple[float, float]],
+    points: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    *,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Roofs of (peak operations a second, bytes a second), and points of (operations a byte, operations a second)."""
+    ax = _canvas(ax, SIZE)
+    points = {name: (np.asarray(x, float), np.asarray(y, float)) for name, (x, y) in (points or {}).items()}
+    ends = np.concatenate([[peak / bandwidth for peak, bandwidth in roofs.values()], *(x for x, _ in points.values())])
+    x = np.geomspace(ends.min() / 4, ends.max() * 4, 200)
+    for i, (name, (peak, bandwidth)) in enumerate(roofs.items()):
+        y = np.minimum(peak, bandwidth * x)
+        ax.plot(x, y, color=COLOURS[i % 5], linestyle=STROKES[i % 5], label=_label(name, 40))
+    for i, (name, (across, up)) in enumerate(points.items()):
+        ax.plot(across, up, linestyle="none", marker=MARKERS[i % 5], color=COLOURS[(i + 1) % 5], label=_label(name, 40))
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set(xlabel="operations for each byte read", ylabel="operations a second")
+    ax.legend(fontsize=8, frameon=False, loc="lower right")
+    return _done(ax, title)
+
+
 def stacked_bytes(
     rows: Sequence[Mapping],
     device_bytes: float | None = None,

@@ -8,6 +8,7 @@ checkpoints, and this package). ``"interleaved"`` pairs 2i with 2i + 1 (Mistral'
 give wrong numbers, silently, under the other; ``interleaved_to_halves`` and ``halves_to_interleaved`` convert them.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -35,6 +36,17 @@ def rotary_angles(
     frequencies = 1.0 / theta**exponents  # (D/2,)
     angles = positions[..., None].float() * frequencies  # (*b, T, D/2)
     return angles.cos(), angles.sin()
+
+
+def wavelengths(head_dim: int, theta: float = 10_000.0) -> Float[Tensor, " half"]:
+    """Tokens that each pair takes for one full turn: 2π · θ^(2i/D), float64, i = 0 … D/2 - 1, the fastest first.
+
+    The first is 2π whatever θ is; the last comes close to 2π · θ.
+
+    Raises ConfigError for what ``rotary_angles`` refuses.
+    """
+    rotary_angles(torch.zeros(1, dtype=torch.long), head_dim, theta)  # raises on what cannot work
+    return 2 * math.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)  # (D/2,)
 
 
 def apply_rotary(

@@ -339,6 +339,8 @@ def learn_to_fetch(
     d_model: int = 64,
     n_keys: int = 32,
     n_values: int = 16,
+    n_kv_heads: int | None = None,
+    n_tables: int = 1,
 ) -> Fetched:
     """Train one attention layer in which every token needs ``n_wanted`` things from as many places at once.
 
@@ -350,15 +352,23 @@ def learn_to_fetch(
 
     Args:
         head_dim: d_model / n_heads if not given: then the number of heads changes neither parameters nor products.
+        n_kv_heads: key/value heads that the ``n_heads`` query heads share; as many as those if not given.
+        n_tables: 1, or ``n_wanted``. Then a place holds a key and a value of each of that many tables, their keys in
+            an order of their own, and the first wish is looked up in the first table, the second in the second.
+
+    Raises ConfigError for another number of tables.
     """
+    if n_tables not in (1, n_wanted):
+        raise ConfigError(f"n_tables is 1 or n_wanted={n_wanted}, a table for each wish; got {n_tables}")
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0) -> nn.Parameter:
         return nn.Parameter(torch.randn(shape, generator=g) * std)
 
-    key, value = normal(n_keys, d_model), normal(n_values, d_model)
+    key = normal(n_tables, n_keys, d_model, std=n_tables**-0.5)
+    value = normal(n_tables, n_values, d_model, std=n_tables**-0.5)
     wish = normal(n_wanted, n_keys, d_model, std=n_wanted**-0.5)
-    layer = GroupedQueryAttention(d_model, n_heads, head_dim=head_dim, causal=False)
+    layer = GroupedQueryAttention(d_model, n_heads, n_kv_heads, head_dim, causal=False)
     read = nn.Linear(d_model, n_wanted * n_values, bias=False)
     matrices = [*layer.parameters(), *read.parameters()]
     for matrix in matrices:
@@ -368,12 +378,13 @@ def learn_to_fetch(
 
     def draw(batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens' vectors (B, T, d), the places of what they want (B, T, n_wanted), and the values there."""
-        keys = torch.rand(batch, n_keys, generator=g).argsort(-1)  # (B, T)
-        values = torch.randint(n_values, (batch, n_keys), generator=g)  # (B, T)
+        keys = torch.rand(batch, n_tables, n_keys, generator=g).argsort(-1)  # (B, n_tables, T)
+        values = torch.randint(n_values, (batch, n_tables, n_keys), generator=g)  # (B, n_tables, T)
         wishes = torch.randint(n_keys, (batch, n_keys, n_wanted), generator=g)  # (B, T, n_wanted), as keys
         places = _for_each_token(keys.argsort(-1), wishes)  # argsort of a permutation is its inverse: key to place
-        x = key[keys] + value[values] + wish[torch.arange(n_wanted), wishes].sum(2)  # (B, T, d)
-        return x, places, _for_each_token(values, places)
+        table = torch.arange(n_tables)[:, None]
+        x = key[table, keys].sum(1) + value[table, values].sum(1) + wish[torch.arange(n_wanted), wishes].sum(2)
+        return x, places, _for_each_token(values, places)  # x: (B, T, d)
 
     for _ in tqdm(range(steps), desc=f"fetching, {n_heads} heads", leave=False, delay=2):
         x, _, right = draw(16)
@@ -392,6 +403,7 @@ def learn_to_fetch(
     return Fetched(accuracy.numpy(), share.numpy(), sum(p.numel() for p in parameters), layer)
 
 
-def _for_each_token(row: Int[Tensor, "B S"], index: Int[Tensor, "B T n"]) -> Int[Tensor, "B T n"]:
-    """``row[b, index[b, t, i]]``."""
-    return row[:, None].expand(-1, index.shape[1], -1).gather(2, index)
+def _for_each_token(rows: Int[Tensor, "B n S"], index: Int[Tensor, "B T m"]) -> Int[Tensor, "B T m"]:
+    """``rows[b, i, index[b, t, i]]``; with n = 1 every i reads the one row."""
+    index = index.transpose(1, 2)  # (B, m, T)
+    return rows.expand(-1, index.shape[1], -1).gather(2, index).transpose(1, 2)

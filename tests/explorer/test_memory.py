@@ -326,7 +326,7 @@ def test_a_model_of_a_presets_name_takes_its_place_in_the_list():
         (lambda: MemoryExplorer(batch=5000), "goes up to 4,096"),
         (lambda: MemoryExplorer(dtype="float8"), "unknown dtype"),
         (lambda: MemoryExplorer(quantize="int3"), "quantize is None"),
-        (lambda: MemoryExplorer(card="H100"), "there are T4"),
+        (lambda: MemoryExplorer(card="H10"), "there are T4"),
         (lambda: MemoryExplorer(card=80e9), "expected a memory.Card"),
         (lambda: MemoryExplorer(card=memory.Card("mine", 0, 1e9)), "both positive"),
         (lambda: MemoryExplorer(card=memory.Card("mine", 10**9, float("nan"))), "both positive"),

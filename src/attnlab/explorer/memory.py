@@ -94,13 +94,8 @@ class MemoryExplorer(Explorer):
 
 
 def as_card(card: Card | str) -> Card:
-    """A card, or the one of that name. Raises ConfigError for another name, or for sizes that are not positive."""
-    if isinstance(card, str):
-        if card not in memory.CARDS:
-            raise ConfigError(f"no card is called {card!r}; there are {'; '.join(memory.CARDS)}")
-        return memory.CARDS[card]
-    if not isinstance(card, Card):
-        raise ConfigError(f"expected a memory.Card or a name; got {type(card).__name__}")
+    """As ``memory.as_card``. Raises ConfigError for sizes that are not positive as well."""
+    card = memory.as_card(card)
     if not (isinstance(card.nbytes, int) and 0 < card.nbytes < EXACT and 0 < card.bandwidth < math.inf):
         raise ConfigError(
             f"a card has whole bytes and a bandwidth, both positive; got {card.nbytes} and {card.bandwidth}"
