@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import nbformat
+import torch
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
@@ -28,11 +29,12 @@ def answer(number: str, cell: str):
     """What the notebook would hand to the check after running its imports and ``cell``: 0 the start, 1 the solution."""
     chapter = int(number.split(".")[0])
     namespace: dict = {}
-    exec(code_cells(chapter)[0].source, namespace)
     parts = exercises(chapter)[number]
-    exec(parts[("start", "solution").index(cell)], namespace)
     expression = parts[2].split(f'check("{number}",')[1].rstrip().removesuffix(")")
-    return eval(expression, namespace)
+    with torch.set_grad_enabled(torch.is_grad_enabled()):  # put back afterwards: a notebook may turn gradients off
+        exec(code_cells(chapter)[0].source, namespace)
+        exec(parts[("start", "solution").index(cell)], namespace)
+        return eval(expression, namespace)
 
 
 def solution(number: str):
