@@ -26,7 +26,7 @@ from attnlab.errors import CheckpointError
 from attnlab.mistral import Mistral
 from attnlab.training.corpus import Corpus
 from attnlab.training.report import COLD, bits_per_byte, read_file, read_weights
-from attnlab.training.run import Recipe, initialise, prepare, train
+from attnlab.training.run import Recipe, initialise, prepare, share, train
 from attnlab.training.siblings import RECIPE, SIBLINGS
 
 MODEL = "multi-head"
@@ -59,9 +59,7 @@ def measure(model: Mistral, n_kv_heads: int, pooling: str, files: list, base: Pa
     done = folder / "row.json"
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
-    folder.mkdir(exist_ok=True)
-    for name in ("corpus.json.gz", "tokenizer.json"):
-        shutil.copyfile(base / name, folder / name)
+    share(base, folder)
     start = converted(model, n_kv_heads, pooling)
     before = bits_per_byte(start, files, COLD, COLD)
     trained = train(folder, start.config, recipe, progress=False, start=start.state_dict()).eval()

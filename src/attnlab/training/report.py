@@ -73,7 +73,7 @@ def report(folder: Path, out: Path, device: str = "cpu", progress: bool = True) 
     device = parse_device(device)
     asked, log, checkpoints = _read_run(folder)
     config, recipe = MistralConfig(**asked["config"]), asked["recipe"]
-    bar = tqdm(total=9 + len(checkpoints), disable=not progress, unit="step")
+    bar = tqdm(total=8 + len(checkpoints), disable=not progress, unit="step")
 
     def step(what: str) -> None:
         bar.set_description(what, refresh=False)
@@ -89,13 +89,12 @@ def report(folder: Path, out: Path, device: str = "cpu", progress: bool = True) 
     step("compressor and 5-gram")
     baselines = _baselines(folder, corpus, data, files)
     step(f"windows of {COLD}")
-    cold = bits_per_byte(model, files, COLD, COLD)
+    by_file = {file.name: bits_per_byte(model, [file], COLD, COLD) for file in files}
+    cold = float(np.average(list(by_file.values()), weights=[len(file.text.encode()) for file in files]))
     step(f"{CONTEXT} tokens of context or more")
     warm = bits_per_byte(model, files, COLD, COLD - CONTEXT)
     step(f"windows of {LONG}")
     long = bits_per_byte(model, files, LONG, LONG - COLD)
-    step("file by file")
-    by_file = {file.name: bits_per_byte(model, [file], COLD, COLD) for file in files}
     step("heads")
     head_scores = score_heads(model, files, data)
     over_time = []

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -265,6 +266,14 @@ def prepare(folder: Path, vocab_size: int) -> tuple[Corpus, Tokenizer]:
     if not tokenizer_file.exists():
         _write(tokenizer_file, train_tokenizer(corpus, vocab_size).to_str(pretty=False))
     return corpus, Tokenizer.from_file(str(tokenizer_file))
+
+
+def share(source: Path, folder: Path) -> None:
+    """Give the run in ``folder`` the corpus and tokenizer of ``source``, unless it has its own."""
+    folder.mkdir(exist_ok=True)
+    for name in ("corpus.json.gz", "tokenizer.json"):
+        if not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 def save_weights(model: Mistral, path: Path) -> None:

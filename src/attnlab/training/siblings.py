@@ -15,7 +15,7 @@ from pathlib import Path
 from attnlab.memory import kv_bytes_per_token
 from attnlab.mistral import MistralConfig
 from attnlab.training.report import report
-from attnlab.training.run import COMPANION, Recipe, prepare, train
+from attnlab.training.run import COMPANION, Recipe, prepare, share, train
 
 SIBLINGS = {
     name: COMPANION.replace(window=None, n_kv_heads=n_kv_heads, d_ff=d_ff, name=name)
@@ -58,10 +58,7 @@ def train_siblings(
     prepare(folder, next(iter(configs.values())).vocab_size)
     for name in names:
         run = run_folder(folder, name, seed)
-        run.mkdir(exist_ok=True)
-        for file in ("corpus.json.gz", "tokenizer.json"):
-            if not (run / file).exists():
-                shutil.copyfile(folder / file, run / file)
+        share(folder, run)
         train(run, configs[name], replace(recipe, seed=seed), device, progress=progress)
 
 
