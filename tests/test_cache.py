@@ -168,3 +168,23 @@ def test_the_mask_of_a_full_cache_is_causal_mask():
     _, _, sees = other.update(0, torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2))
     assert torch.equal(sees["mask"][0, 0, :, :9], causal_mask(4, 9, window=3))
     assert not sees["mask"][..., 9:].any()
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+@torch.no_grad()
+def test_rows_at_the_front_step_alone_and_a_moved_row_goes_on_where_it_was(kind):
+    m = model()
+    ids = torch.randint(0, 31, (3, 12), generator=torch.Generator().manual_seed(2))
+    cache = m.new_cache(3, 64, **kind)
+    for i, length in enumerate((5, 9, 2)):
+        m(ids[i : i + 1, :length], cache.row(i))
+    stepped = m(torch.stack([ids[0, 5:6], ids[1, 9:10]]), cache.front(2))
+    torch.testing.assert_close(stepped[0], m(ids[:1, :6])[0, -1:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(stepped[1], m(ids[1:2, :10])[0, -1:], atol=1e-5, rtol=1e-4)
+    assert cache.lengths.tolist() == [6, 10, 2]  # the third rested
+    cache.move_row(2, 0)
+    stepped = m(torch.stack([ids[2, 2:3], ids[1, 10:11]]), cache.front(2))
+    torch.testing.assert_close(stepped[0], m(ids[2:, :3])[0, -1:], atol=1e-5, rtol=1e-4)
+    for wrong in (0, 4):
+        with pytest.raises(ShapeError):
+            cache.front(wrong)

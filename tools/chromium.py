@@ -32,12 +32,15 @@ def find() -> str | None:
     return found or (MAC if Path(MAC).exists() else None)
 
 
-def install() -> None:
-    """From the distribution's packages; its output is shown only when that fails."""
+def install(*packages: str) -> None:
+    """From the distribution's packages, where that can be done; its output is shown only when it fails."""
+    if not (shutil.which("apt-get") and os.geteuid() == 0):
+        return
+    print(f"installing {' and '.join(packages)} with apt-get", flush=True)
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (
         ["apt-get", "update"],
-        ["apt-get", "install", "--yes", "--no-install-recommends", "chromium", "fonts-dejavu-core"],
+        ["apt-get", "install", "--yes", "--no-install-recommends", *packages],
     ):
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
@@ -46,9 +49,8 @@ def install() -> None:
 
 
 def main() -> int:
-    if find() is None and shutil.which("apt-get") and os.geteuid() == 0:
-        print("installing Chromium with apt-get", flush=True)
-        install()
+    if find() is None:
+        install("chromium", "fonts-dejavu-core")
     path = find()
     print(path or MISSING)
     return 1 if path is None and os.environ.get("CI") else 0

@@ -57,6 +57,7 @@ class KVCache:
             self.k = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, Hkv, slots, D)
             self.v = torch.zeros(shape, dtype=dtype, device=device)
         except RuntimeError as error:
+            self.k = None  # keys that found room where values did not
             raise CapacityError(f"no room for a cache of shape {shape} twice: {error}") from error
         self.window = window
         self.static = static
@@ -95,9 +96,23 @@ class KVCache:
         """Row ``i`` as a cache of batch 1 over the same memory: fill rows one by one, then decode them together."""
         if not 0 <= i < self.batch:
             raise ShapeError(f"rows are 0 to {self.batch - 1}; got {i}")
+        return self._view(slice(i, i + 1))
+
+    def front(self, n: int) -> Self:
+        """The first ``n`` rows as a cache over the same memory: a step for those that are at work, while others rest."""
+        if not 1 <= n <= self.batch:
+            raise ShapeError(f"there are {self.batch} rows, and 1 or more can be at the front; got {n}")
+        return self._view(slice(n))
+
+    def move_row(self, source: int, target: int) -> None:
+        """Put row ``source`` in the place of row ``target``, whose own content is lost."""
+        self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
+        self.lengths[target] = self.lengths[source]
+
+    def _view(self, rows: slice) -> Self:
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
-        view.k, view.v, view.lengths = self.k[:, i : i + 1], self.v[:, i : i + 1], self.lengths[i : i + 1]
+        view.k, view.v, view.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
         return view
 
     def positions(self, T: int) -> Int[Tensor, "B T"]:

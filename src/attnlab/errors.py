@@ -1,5 +1,7 @@
 """The exceptions that attnlab raises. Every message says what was expected, what came and what to do."""
 
+import re
+
 
 class AttnlabError(Exception):
     """Base of every error that attnlab raises on purpose."""
@@ -27,3 +29,15 @@ class CheckpointError(AttnlabError):
 
 class HubError(AttnlabError):
     """A model that could not be had from the hub: gated, unknown, or no network."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python raised it because memory ran out, which torch often tells in words alone."""
+    words = r"out of memory|not enough memory|(can't|cannot) allocate memory|ALLOC_FAILED"
+    told = isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError) or bool(told)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without torch's further advice; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

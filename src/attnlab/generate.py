@@ -8,6 +8,7 @@ the cache can be read).
 import codecs
 import math
 import operator
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -15,10 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attnlab.errors import CapacityError, ConfigError, InputError, ShapeError
+from attnlab.errors import CapacityError, ConfigError, InputError, ShapeError, first_line, ran_out_of_memory
 from attnlab.loading import LanguageModel, free_bytes
 from attnlab.memory import human_bytes, kv_cache_bytes
 from attnlab.mistral import Mistral
+from attnlab.sampling import Sampler
+from attnlab.tokenizer import Tokenizer
 
 Mode = Literal["eager", "compiled", "graph"]
 PREFILL_CHUNK = 1024  # tokens a pass: the activations of a long prompt never exist at once
@@ -200,19 +203,13 @@ def stream(
     """
     if not max_new_tokens >= 1 or max_new_tokens != int(max_new_tokens):
         raise ConfigError(f"max_new_tokens must be a whole number of 1 or more; got {max_new_tokens}")
-    if not 0 <= temperature < math.inf:
-        raise ConfigError(f"temperature must be 0 (the likeliest token) or more; got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is a probability above 0 and at most 1; got {top_p}")
-    ids = _prompt_ids(lm, prompt, raw)
-    generator = torch.Generator()  # on the CPU, and nobody else's
-    generator.seed() if seed is None else generator.manual_seed(seed)
+    sampler = Sampler(temperature, top_p, seed=seed)
+    ids = prompt_ids(lm, prompt, raw)
     decoder = Decoder(lm.model, len(ids) + int(max_new_tokens) - 1, mode=mode)  # the last token is never taken in
-    new_ids = _new_ids(lm, decoder, ids, max_new_tokens, lambda logits: _choose(logits, temperature, top_p, generator))
+    new_ids = _new_ids(lm, decoder, ids, max_new_tokens, sampler)
     if not _is_text(prompt):
         return _until(new_ids, stop)
-    chat = not isinstance(prompt, str) or (lm.tokenizer.is_instruct and not raw)
-    return _until(_as_text(lm.tokenizer, new_ids, begins=chat), stop)
+    return _until(_as_text(TextStream(lm.tokenizer, is_chat(lm, prompt, raw)), new_ids), stop)
 
 
 def _is_text(prompt: Any) -> bool:
@@ -220,7 +217,13 @@ def _is_text(prompt: Any) -> bool:
     return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict))
 
 
-def _prompt_ids(lm: LanguageModel, prompt: Any, raw: bool) -> list[int]:
+def is_chat(lm: LanguageModel, prompt: Any, raw: bool) -> bool:
+    """Whether the prompt goes through the model's instruct template, so that the answer begins a text of its own."""
+    return not isinstance(prompt, str) or (lm.tokenizer.is_instruct and not raw)
+
+
+def prompt_ids(lm: LanguageModel, prompt: Any, raw: bool = False) -> list[int]:
+    """The ids that a prompt becomes, as ``generate`` takes it. Raises InputError as ``generate`` does."""
     if isinstance(prompt, Tensor):
         prompt = prompt.tolist()
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
@@ -248,43 +251,60 @@ def _new_ids(
     lm: LanguageModel, decoder: Decoder, ids: list[int], n: int, choose: Callable[[Tensor], int]
 ) -> Iterator[int]:
     """Up to ``n`` ids after ``ids``, without the end token. Ids that the tokenizer does not know are never chosen."""
-    logits = decoder.prefill(torch.tensor([ids]))  # (1, 1, vocab)
-    for i in range(n):
-        id = choose(logits[0, 0, : lm.tokenizer.vocab_size])
-        if id == lm.tokenizer.eos_id:
-            return
-        yield id
-        if i + 1 < n:
-            logits = decoder.step(torch.tensor([[id]]))
+    try:
+        logits = decoder.prefill(torch.tensor([ids]))  # (1, 1, vocab)
+        for i in range(n):
+            id = choose(logits[0, 0, : lm.tokenizer.vocab_size])
+            if id == lm.tokenizer.eos_id:
+                return
+            yield id
+            if i + 1 < n:
+                logits = decoder.step(torch.tensor([[id]]))
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        taken = human_bytes(decoder.cache.nbytes)
+        decoder = logits = None  # a notebook keeps the last traceback, and with it the cache
+        traceback.clear_frames(error.__traceback__)
+        if lm.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise CapacityError(
+            f"memory ran out on {lm.model.device} after {len(ids)} tokens of prompt, beside a cache of {taken} "
+            f"({first_line(error)}); the cache has left memory again. Shorten the prompt, lower max_new_tokens, or load the "
+            f"model in fewer bits: a 16-bit dtype or quantize"
+        ) from error
 
 
-def _choose(logits: Float[Tensor, " vocab"], temperature: float, top_p: float, generator: torch.Generator) -> int:
-    logits = logits.float().cpu()
-    if not logits.isfinite().all():
-        raise ConfigError("the model's logits are not finite: load it in bfloat16 or float32, or mend its weights")
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities = ((logits - logits.max()) / temperature).softmax(-1)  # the maximum first: no overflow near zero
-    if top_p < 1:
-        likeliest, ids = probabilities.sort(descending=True, stable=True)
-        keep = likeliest.cumsum(-1) - likeliest < top_p  # also the one that reaches it
-        probabilities = torch.zeros_like(probabilities).scatter(0, ids[keep], likeliest[keep])
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+class TextStream:
+    """Ids to text as they come: whole characters, whose bytes may span tokens.
 
+    ``begins``: an answer of its own, without SentencePiece's first space.
+    """
 
-def _as_text(tokenizer, new_ids: Iterator[int], begins: bool) -> Iterator[str]:
-    """Whole characters as their bytes come in. ``begins``: an answer of its own, without SentencePiece's first space."""
-    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-    for id in new_ids:
-        data = tokenizer.token_bytes(id)
-        if begins and data:
+    def __init__(self, tokenizer: Tokenizer, begins: bool) -> None:
+        self.tokenizer, self.begins = tokenizer, begins
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+
+    def push(self, id: int) -> str:
+        """The text that ``id`` completes; empty where its bytes wait for more."""
+        data = self.tokenizer.token_bytes(id)
+        if self.begins and data:
             if data.startswith(b" "):
-                data = tokenizer.decode([id]).encode()
-            begins = False
-        if text := decode(data):
-            yield text
-    if text := decode(b"", final=True):  # the answer ended within a character
-        yield text
+                data = self.tokenizer.decode([id]).encode()
+            self.begins = False
+        return self._decode(data)
+
+    def finish(self) -> str:
+        """What is left when an answer ends within a character."""
+        return self._decode(b"", final=True)
+
+
+def _as_text(text: TextStream, new_ids: Iterator[int]) -> Iterator[str]:
+    for id in new_ids:
+        if piece := text.push(id):
+            yield piece
+    if piece := text.finish():
+        yield piece
 
 
 def _until(pieces: Iterator, stop: Callable[[Any], bool] | None) -> Iterator:

@@ -1,0 +1,28 @@
+"""Find Node.js, which runs the book's Worker; as root on Debian or Ubuntu, install it if there is none.
+
+Prints its path. Without one it says so in a line, and fails where CI is set. Standard library only.
+"""
+
+import os
+import shutil
+
+from chromium import install
+
+MISSING = "no Node.js for the Worker of chapter 13: install it (Debian, Ubuntu: apt-get install nodejs npm)"
+
+
+def find() -> str | None:
+    """The path of node, if npm is there as well, or None."""
+    return shutil.which("node") if shutil.which("npm") else None
+
+
+def main() -> int:
+    if find() is None:
+        install("nodejs", "npm")
+    path = find()
+    print(path or MISSING)
+    return 1 if path is None and os.environ.get("CI") else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
