@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from conftest import running, wait_until
+from conftest import wait_until
 
 import attnlab
+from attnlab.serve import Server
 from attnlab.serve.app import ANNOUNCED, MAX_BODY
 from attnlab.serve.client import Client
 
@@ -115,14 +116,14 @@ def test_a_body_over_the_limit_is_refused_whether_its_size_is_declared_or_not(ht
 
 
 def test_a_token_is_asked_for_before_anything_else(lm):
-    with running(lm, token="s3cret", rows=1) as (url, _):
-        path = f"{url}/client/v4/accounts/me/ai/run/companion"
+    with Server(lm, token="s3cret", rows=1) as server:
+        path = f"{server.url}/client/v4/accounts/me/ai/run/companion"
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": b"Bearer \xe9"}):
             for body in (b'{"prompt": "a"}', b"nonsense"):
                 assert error(httpx.post(path, content=body, headers=headers))[:2] == (401, 10000)
         good = {"authorization": "Bearer s3cret"}
         assert httpx.post(path, json={"prompt": "a", "max_tokens": 1}, headers=good).status_code == 200
-        assert httpx.get(f"{url}/health").json()["rows"] == 1
+        assert httpx.get(f"{server.url}/health").json()["rows"] == 1
 
 
 def test_many_streams_at_once_are_neither_lost_nor_mixed(lm, service):
@@ -171,8 +172,8 @@ def test_a_slow_reader_holds_up_nobody(lm, service):
 
 
 def test_a_full_server_makes_requests_wait_and_says_so_to_those_who_will_not(lm):
-    with running(lm, rows=1, max_waiting=1) as (url, engine):
-        path = f"{url}/client/v4/accounts/me/ai/run/companion"
+    with Server(lm, rows=1, max_waiting=1) as server:
+        path, engine = f"{server.url}/client/v4/accounts/me/ai/run/companion", server.engine
         long = {"prompt": "def", "stream": True, **ENDLESS}
         with httpx.stream("POST", path, json=long) as first:
             lines = first.iter_lines()

@@ -58,3 +58,30 @@ def test_what_it_will_not_do_is_said_in_one_line(capsys, monkeypatch):
         assert words in err and err.count("\n") == 1
     process.kill()
     process.communicate()
+
+
+@pytest.mark.long
+def test_memory_is_flat_over_two_thousand_requests():
+    process, url = start("--port", "0", "--rows", "8")
+
+    def resident():
+        with open(f"/proc/{process.pid}/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024  # MiB
+
+    with Client(url, "companion") as client:
+
+        def ask(n):
+            for i in range(n):
+                body = {"max_tokens": 2 + i % 7, "temperature": 1.0, "seed": i + 1}
+                if i % 2:
+                    assert client.run(f"def f{i}(x):", **body)["usage"]["completion_tokens"] >= 0
+                else:
+                    list(client.stream(f"def f{i}(x):", **body))
+
+        ask(500)  # what is allocated once is allocated
+        before = resident()
+        ask(2000)
+        grown = resident() - before
+    process.kill()
+    process.communicate()
+    assert grown < 16, f"{grown:.0f} MiB more after 2,000 requests"
