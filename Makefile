@@ -46,8 +46,12 @@ bench: book ## measure against peers, write benchmarks/results
 	@$(RUN) benchmarks/induction_seeds.py
 	@$(RUN) benchmarks/sharing_seeds.py
 	@$(RUN) benchmarks/siblings.py
+	@$(RUN) benchmarks/window_prefill.py
 	@$(RUN) benchmarks/conversion.py
+	@$(RUN) benchmarks/loading.py
+	@$(RUN) benchmarks/quantize.py --sections half full
 	@$(RUN) benchmarks/explorers.py
+	@$(RUN) benchmarks/live.py
 	@$(RUN) benchmarks/waiting.py
 	@if command -v nvidia-smi >/dev/null; then $(RUN) benchmarks/gpu.py; else echo "no GPU here: benchmarks/gpu.py left out"; fi
 

@@ -24,12 +24,16 @@ from attnlab.errors import AttnlabError, CheckpointError, ConfigError  # noqa: E
 from attnlab.measure import processor_name  # noqa: E402
 
 
-def options(doc: str, quick: str, **counts: int | None) -> argparse.Namespace:
-    """--quick (``quick`` says what it does), --overwrite, --commit; and numbers of 1 or more, with their defaults."""
+def options(doc: str, quick: str, folder: str | None = None, **counts: int | None) -> argparse.Namespace:
+    """--quick (``quick`` says what it does), --overwrite, --commit; --folder if ``folder`` says what for; and numbers of 1
+    or more, with their defaults.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{quick}, no record")
     for name, default in counts.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"how many ({default or 'as torch chooses'})")
+    if folder is not None:
+        parser.add_argument("--folder", type=Path, help=folder)
     parser.add_argument("--overwrite", action="store_true", help="replace a record even of another machine")
     parser.add_argument("--commit", help="the tree's commit, where git can't tell")
     args = parser.parse_args()

@@ -5,13 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from attnlab import memory
-from attnlab.errors import CheckpointError, ConfigError
+import attnlab
+from attnlab import causal_mask, memory
+from attnlab.checkpoint import load_model
+from attnlab.errors import CapacityError, CheckpointError, ConfigError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 NOT_ON_A_GPU_MACHINE = ["typer", "matplotlib", "seaborn", "mistral_common", "ipywidgets", "anywidget"]
@@ -23,7 +26,17 @@ def script(monkeypatch):
     """A script of benchmarks/ as a module."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("common", "decode_attention", "explorers", "gpu", "siblings"):
+    for name in (
+        "common",
+        "decode_attention",
+        "explorers",
+        "live",
+        "siblings",
+        "window_prefill",
+        "loading",
+        "quantize",
+        "gpu_tools",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -41,15 +54,6 @@ def run(*arguments: str, blocked: list[str] = ()) -> subprocess.CompletedProcess
 
 def records() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (BENCHMARKS / "results").glob("*")}
-
-
-def test_the_gpu_script_runs_every_section_dry_with_few_packages_and_writes_nothing():
-    before = records()
-    done = run("gpu.py", "--dry-run", blocked=NOT_ON_A_GPU_MACHINE)
-    assert done.returncode == 0, done.stderr
-    for section in ("bandwidth", "decode", "transformers", "memory"):
-        assert f"{section} (toy size)" in done.stdout
-    assert records() == before
 
 
 def test_the_waiting_script_measures_the_import_and_writes_nothing_when_quick():
@@ -101,6 +105,75 @@ def test_the_siblings_script_counts_what_a_step_reads_and_fills_the_same_memory(
     assert all(row["times_multi_head"]["median"] == 1 for part in result.values() for row in part[::3])
 
 
+def test_the_window_script_checks_its_forms_and_writes_nothing_when_quick():
+    before = records()
+    done = run("window_prefill.py", "--quick")
+    assert done.returncode == 0 and "the forms agree" in done.stdout, done.stderr
+    for form in ("masked", "blocks", "flex", "full", "full, flex"):
+        assert f"  {form:<11}" in done.stdout
+    assert records() == before
+
+
+def test_the_window_script_counts_the_scores_that_a_mask_shows(script):
+    pairs = script("window_prefill").pairs
+    for tokens, window in ((10, 3), (10, 10), (5, 20)):
+        assert pairs(tokens, window) == causal_mask(tokens, window=window).sum()
+    assert round(pairs(16_384, 16_384) / pairs(16_384, 4096), 2) == 2.29
+
+
+def test_the_loading_script_reads_and_loads_what_it_wrote_and_leaves_nothing(tmp_path, monkeypatch, script):
+    before = records()
+    done = run("loading.py", "--quick", "--folder", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert all(words in done.stdout for words in ("of the reading speed", "beyond weights and page cache"))
+    assert records() == before and not list(tmp_path.iterdir())
+
+    loading = script("loading")
+    files = loading.write_checkpoint(loading.TOY, tmp_path, 3_000_000)
+    model = load_model(tmp_path)
+    assert len(files) > 1 and model.config == loading.TOY.replace(name=tmp_path.name)
+    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    assert nbytes == memory.weight_bytes(loading.TOY) and all(p.std() > 0.01 for p in model.parameters())
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(sys, "argv", ["loading.py", "--quick"])
+    with pytest.raises(CapacityError, match=r"more memory.*--quick"):
+        loading.main()
+
+
+def test_the_quantize_script_runs_every_section_and_writes_nothing_when_quick():
+    before = records()
+    done = run("quantize.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    for part in ("quality\n  float32", "half\n  transformers float32", "attnlab int4", "full\n  bfloat16", "\n  int4 "):
+        assert part in done.stdout
+    assert records() == before
+
+
+def test_the_quantize_script_says_what_quality_needs(tmp_path):
+    for arguments, words in (([], "quality needs --run"), (["--run", str(tmp_path)], "holds no training run")):
+        done = run("quantize.py", "--sections", "quality", *arguments)
+        assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_quantize_scripts_model_is_what_loading_gives_and_greedy_tokens_are_transformers(script):
+    quantize = script("quantize")
+    s = replace(quantize.toy(), config=quantize.toy().config.replace(window=None), contexts=(5,))
+    for form in quantize.FORMS:
+        made = quantize.made_in_place(s, form)
+        held = sum(tensor.nbytes for tensor in (*made.parameters(), *made.buffers()))
+        assert held == memory.weight_bytes(s.config, s.dtype, form)
+    model = quantize.random_model(s.config, s)
+    assert quantize.same_greedy(model, quantize.transformers_model(model, s), s) == "48 of 48"
+
+
+def test_the_quantize_script_measures_nothing_where_a_model_meets_itself(script):
+    quantize = script("quantize")
+    lm = attnlab.load("companion", device="cpu", progress=False)
+    (file,) = quantize.own_files(1)
+    found = quantize.measured({"exact": lm.model, "itself": lm.model}, file)["itself"]
+    assert found["tokens"] == found["same"] == len(file.ids) and found["divergence"] == 0 and found["nats"] > 0
+
+
 def test_the_explorers_script_paints_and_hovers_and_writes_nothing_when_quick():
     sys.path.insert(0, str(BENCHMARKS.parent / "tools"))
     from chromium import MISSING, find
@@ -112,6 +185,28 @@ def test_the_explorers_script_paints_and_hovers_and_writes_nothing_when_quick():
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in ("8 heads, 8 tokens", "first_paint_ms", "hover_a_token_ms"))
     assert records() == before
+
+
+def test_the_live_script_runs_a_model_and_writes_nothing_when_quick():
+    sys.path.insert(0, str(BENCHMARKS.parent / "tools"))
+    from chromium import MISSING, find
+
+    if find() is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(MISSING)
+    before = records()
+    done = run("live.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("companion: 5,", "tokens_per_second", "int8 keeps the first choice at"))
+    assert records() == before
+
+
+def test_the_live_targets_are_lower_bounds_for_speed_and_upper_bounds_for_the_rest(script):
+    def row(nbytes, milliseconds, speed):
+        return {"model": "it", "download_bytes": nbytes, "first_token_ms": {"median": milliseconds}, "tokens_per_second": {"median": speed}}  # fmt: skip
+
+    live = script("live")
+    reached = [verdict["reached"] for verdict in live.targets([row(9e6, 900, 50), row(7e6, 1100, 30)])]
+    assert reached == [False, True, True, True, False, False]
 
 
 def test_the_explorers_targets_are_those_of_the_size_that_was_measured(script):
@@ -130,75 +225,6 @@ def test_the_explorers_targets_are_those_of_the_size_that_was_measured(script):
     }  # fmt: skip
     record = explorers.random_record(2, 4, 2, 8)
     assert explorers.json_bytes(record) > 3 * len(json.dumps(explorers.AttentionExplorer(record).data["layers"]))
-
-
-def test_without_a_gpu_the_gpu_script_says_so_in_one_line(tmp_path):
-    done = run("gpu.py", "--out", str(tmp_path))
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--dry-run" in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_weights_transformers_is_timed_with_are_ours_and_give_the_same_logits(script):
-    gpu = script("gpu")
-    setting = gpu.toy()
-    model = gpu.random_model(setting.config, setting)
-    for parameter in model.parameters():
-        parameter.mul_(10)  # small weights would make any two models agree
-    theirs = gpu.transformers_model(model, setting)
-    assert theirs.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
-    ids = gpu.random_ids(setting, 40)  # past the window
-    ours, reference = model(ids)[0], theirs(ids).logits[0]
-    assert (ours - reference).abs().max() < 1e-5 * reference.std()
-
-
-def test_memory_predicts_what_the_gpu_script_measures_at_toy_size(script):
-    gpu = script("gpu")
-    setting = gpu.toy()
-    rows = gpu.memory_taken(setting)["rows"]
-    assert [(row["n_kv_heads"], row["window"]) for row in rows[::2]] == [(8, None), (2, None), (1, None), (2, 16)]
-    for row in rows:
-        assert row["weight_bytes"]["measured"] == row["weight_bytes"]["predicted"]
-        assert row["cache_bytes"]["nbytes"] == row["cache_bytes"]["predicted"]
-        assert 0 <= row["cache_bytes"]["measured"] - row["cache_bytes"]["nbytes"] < 64  # positions of the rows
-        assert row["peak_beyond_bytes"] > 0
-
-
-def test_the_full_setting_is_the_published_model(script):
-    setting = script("gpu").full("cuda")
-    assert memory.weight_bytes(setting.config, setting.dtype) == 14_483_464_192
-    assert setting.modes == ("eager", "graph")
-
-
-def test_a_gpu_record_resumes_and_keeps_what_other_sections_measured(script, tmp_path, monkeypatch, capsys):
-    gpu = script("gpu")
-    calls = []
-    sections = {name: lambda s, name=name: calls.append(name) or {"rows": [], "name": name} for name in ("decode", "memory")}  # fmt: skip
-    monkeypatch.setattr(gpu, "SECTIONS", sections)
-    monkeypatch.setattr(gpu, "machine", lambda device: {"gpu": "Made Up 1", "gpu_bytes": 1})
-    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "provenance", lambda commit: {"commit": commit})
-    monkeypatch.setattr(gpu, "free", lambda: None)
-
-    def main(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--commit", "abc", *arguments])
-        return gpu.main()
-
-    def stored():
-        return json.loads((tmp_path / "gpu-made-up-1.json").read_text())
-
-    assert main("--sections", "decode") == 0 and calls == ["decode"]
-    assert stored()["sections"]["decode"]["commit"] == "abc" and "random" in stored()["weights"]
-    assert main("--sections", "decode", "memory") == 0 and calls == ["decode", "memory"]
-    assert set(stored()["sections"]) == {"decode", "memory"}
-    assert main("--sections", "decode", "--redo") == 0 and calls == ["decode", "memory", "decode"]
-
-    def broken(s):
-        raise RuntimeError("out of memory")
-
-    sections["decode"] = broken
-    assert main("--sections", "decode", "memory", "--redo") == 1  # memory was measured all the same
-    assert calls[-1] == "memory" and stored()["sections"]["decode"]["name"] == "decode"
-    assert "out of memory" in capsys.readouterr().err
 
 
 def test_the_quick_decode_benchmark_checks_its_forms_and_writes_nothing():

@@ -245,6 +245,12 @@ def test_rope_theta_is_found_where_each_generation_of_transformers_puts_it(tmp_p
     )
 
 
+def test_a_window_as_long_as_the_context_or_one_that_nobody_set_is_taken(tmp_path):
+    assert config_of(tmp_path, "config.json", HF_V01, max_position_embeddings=4096).window == 4096
+    absent = config_of(tmp_path, "config.json", HF_V01, remove=("sliding_window",), max_position_embeddings=2048)
+    assert absent.window == 4096  # transformers' default, beyond which these texts never come
+
+
 def test_head_dim_is_derived_where_it_is_missing_or_null(tmp_path):
     assert config_of(tmp_path, "config.json", HF_V01, head_dim=None).head_dim == 128
     assert config_of(tmp_path, "config.json", HF_V01, head_dim=64).head_dim == 64
@@ -271,6 +277,7 @@ def test_head_dim_is_derived_where_it_is_missing_or_null(tmp_path):
         ({"num_key_value_heads": 5}, "multiple"),
         ({"head_dim": 10**12}, "head_dim"),
         ({"sliding_window": 0}, "window"),
+        ({"sliding_window": 4097, "max_position_embeddings": 4096}, "4,096 tokens; got 4,097"),
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),

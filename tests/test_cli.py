@@ -113,6 +113,16 @@ def test_settings_reach_the_sampler(capsys, folder):
     assert run(capsys, "generate", "def", "--model", folder, *options, "--seed", 5)[1] != outputs[0]
 
 
+def test_weights_are_quantized_where_asked(capsys, monkeypatch, tmp_path):
+    want = attnlab.generate(attnlab.load("companion", quantize="int4"), "def", max_new_tokens=12)
+    code, out, _ = run(capsys, "generate", "def", "--quantize", "int4", "--max-new-tokens", 12)
+    assert (code, out.removesuffix("\n")) == (0, want.removesuffix("\n"))
+    asked, load = [], attnlab.load
+    monkeypatch.setattr(attnlab, "load", lambda *args, **options: asked.append(options) or load(*args, **options))
+    assert run(capsys, "explore", "def", "--quantize", "int8", "--out", tmp_path / "maps.html")[0] == 0
+    assert asked[0]["quantize"] == "int8"
+
+
 def test_generate_works_through_typer_s_runner_and_from_stdin(folder):
     settings = ["--model", str(folder), "--max-new-tokens", "8"]
     want = runner.invoke(cli.app, ["generate", "def", *settings])
@@ -267,6 +277,8 @@ def test_doctor_says_what_is_here_and_that_it_works(capsys):
     for part in ("python", torch.__version__, "mistral-common", "processor", "memory", "GPU", "Mistral 7B"):
         assert part in out
     assert re.search(r"generates +['\"]def.+", out)
+    for form in ("float32", "bfloat16, float16", "bfloat16 with int8 weights", "bfloat16 with int4 weights"):
+        assert f"on {torch.device('cuda' if torch.cuda.is_available() else 'cpu')} in {form} with 4,096 tokens" in out
     assert out.endswith("Everything essential works.\n")
 
 
@@ -298,6 +310,8 @@ def test_doctor_ends_with_1_and_says_what_to_do(capsys, monkeypatch):
         (["generate", "def", "--max-new-tokens", "many"], 2, "--max-new-tokens"),
         (["generate", "def", "--dtype", "float7"], 2, "float7"),
         (["generate", "def", "--device", "abacus"], 2, "abacus"),
+        (["generate", "def", "--quantize", "int3"], 2, "got 'int3'"),
+        (["explore", "def", "--quantize", "int3"], 2, "got 'int3'"),
         (["generate", "def", "--model", "no such model"], 2, "no such model"),
         (["generate", "def", "--no-such-option"], 2, "--no-such-option"),
         (["explore", ""], 2, "the text is empty"),

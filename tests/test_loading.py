@@ -21,6 +21,7 @@ from attnlab.checkpoint import load_model, save_model
 from attnlab.errors import CapacityError, CheckpointError, ConfigError, InputError
 from attnlab.loading import LanguageModel, free_bytes, load
 from attnlab.mistral import Mistral, MistralConfig
+from attnlab.quantize import is_quantized
 
 CONFIG = MistralConfig(
     vocab_size=300, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, window=8, tie_embeddings=True
@@ -155,6 +156,28 @@ def test_a_gpu_without_bfloat16_gets_float16(monkeypatch, computes_bfloat16):
     assert loading._best_dtype(CONFIG, torch.bfloat16, torch.device("mps")) == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("free", "device", "bfloat16", "dtype", "quantize", "words"),
+    [
+        (80e9, "cuda", True, "bfloat16", None, "free on cuda"),
+        (15e9, "cuda", False, "float16", "int8", "float16 as it does not compute in bfloat16"),
+        (8e9, "cpu", True, "bfloat16", "int4", "with int8 weights"),
+        (200e9, "cpu", True, "float32", None, "float32 as there is plenty"),
+        (4e9, "cpu", True, None, None, '"companion", which runs anywhere'),
+    ],
+)
+def test_what_fits_is_the_plan_for_what_is_free_here(monkeypatch, free, device, bfloat16, dtype, quantize, words):
+    monkeypatch.setattr(loading, "_best_device", lambda: device)
+    monkeypatch.setattr(loading, "parse_device", torch.device)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: int(free))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if bfloat16 else (7, 5))
+    plan = loading.what_fits(context=4096)
+    chosen = plan.chosen
+    assert (chosen and chosen.dtype, chosen and chosen.quantize) == (dtype, quantize)
+    assert words in str(plan).replace("\n", " ")
+    assert all(way.fit.device == int(free) for way in plan.ways)
+
+
 def test_what_does_not_fit_is_refused_before_it_is_read(folder, monkeypatch):
     monkeypatch.setattr(loading, "free_bytes", lambda device: 10_000)
     monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("read"))
@@ -171,6 +194,57 @@ def test_the_advice_is_what_would_help(monkeypatch):
     loading._check_room(config, torch.bfloat16, torch.device("cuda"))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "device", "free", "ways"),
+    [  # in GB: 29.0 in float32, 14.5 in 16 bits, 7.4 in int8, 4.7 in int4
+        ("float32", None, "cuda", 16, ['dtype="bfloat16"', 'quantize="int8"', 'quantize="int4"', 'device="cpu"']),
+        ("bfloat16", None, "cpu", 14, ['quantize="int8"', 'quantize="int4"']),
+        ("float16", None, "cpu", 6, ['quantize="int4"']),
+        ("bfloat16", "int8", "cpu", 6, ['quantize="int4"']),
+        ("float32", None, "cpu", 5, ['dtype="bfloat16" with quantize="int4"']),
+        ("bfloat16", "int4", "cpu", 4, []),
+    ],
+)
+def test_what_does_not_fit_names_the_forms_that_would(monkeypatch, dtype, quantize, device, free, ways):
+    config, asked = MistralConfig.preset("mistral-7b-v0.1"), getattr(torch, dtype)
+    monkeypatch.setattr(loading, "free_bytes", lambda at: free * 1e9 if torch.device(at).type == device else 64e9)
+    with pytest.raises(CapacityError, match=f"{free}.00 GB are free") as raised:
+        loading._check_room(config, asked, torch.device(device), quantize)
+    advice = str(raised.value).split("What would help: ")[1].split("; ")
+    assert [line.split(", which")[0] for line in advice[:-1]] == ways
+    for line in advice[: len(ways)]:
+        options = dict(re.findall(r'(\w+)="(\w+)"', line))
+        taken = getattr(torch, options.get("dtype", dtype))
+        loading._check_room(
+            config, taken, torch.device(options.get("device", device)), options.get("quantize", quantize)
+        )
+
+
+def test_a_form_whose_sizes_do_not_divide_is_no_advice(monkeypatch):
+    config = MistralConfig.preset("mistral-7b-v0.1").replace(d_ff=14_330)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 8e9)
+    with pytest.raises(CapacityError, match=r"What would help: quantize=\"int8\", which needs 7\.\d\d GB; a device"):
+        loading._check_room(config, torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_folder_loads_into_fewer_bits_when_asked(tmp_path, model, quantize):
+    config = CONFIG.replace(d_ff=64, name="tiny")
+    torch.manual_seed(0)
+    save_model(Mistral(config), tmp_path / "tiny")
+    write_tokenizer(tmp_path / "tiny")
+    lm = load(tmp_path / "tiny", device="cpu", quantize=quantize)
+    assert is_quantized(lm.model) == quantize and lm.config == config
+    assert repr(lm) == f"LanguageModel('tiny', 0.0 M parameters, float32 with {quantize} weights on cpu)"
+
+
+def test_a_quantized_model_is_computed_in_float32_where_its_small_form_leaves_room(monkeypatch):
+    config = MistralConfig.preset("mistral-7b-v0.1")
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 24e9)
+    dtypes = [loading._best_dtype(config, torch.bfloat16, torch.device("cpu"), form) for form in (None, "int8", "int4")]
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
 def test_free_bytes_is_within_what_the_machine_has():
     assert 0 < free_bytes("cpu") <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -180,6 +254,10 @@ def test_unknown_devices_and_dtypes_are_refused(folder):
         load(folder, device="gpu")
     with pytest.raises(ConfigError, match="dtype"):
         load(folder, dtype="int8")
+    with pytest.raises(ConfigError, match="'int8' or 'int4'; got 'int3'"):
+        load("no/such/folder", quantize="int3")  # said before anything is looked for
+    with pytest.raises(ConfigError, match=r"down_proj is 32 × 48: use int8|gate_proj is 48"):
+        load(folder, quantize="int4")
 
 
 # ---- the hub ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """measure.py: bytes that torch really took."""
 
+import os
 import subprocess
 import sys
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attnlab.attention import causal_mask, scaled_dot_product_attention
+from attnlab.errors import ConfigError
 from attnlab.measure import (
     attention_kernels,
     grouped_query_forms,
@@ -14,6 +17,7 @@ from attnlab.measure import (
     peak_flops,
     processor_name,
     read_bandwidth,
+    window_forms,
 )
 
 
@@ -79,3 +83,44 @@ def test_the_kernel_that_ran_is_named():
     assert attention_kernels(forms["matmul"]) == []
     with sdpa_kernel(SDPBackend.MATH):
         assert attention_kernels(forms["enable_gqa"]) == ["_scaled_dot_product_attention_math"]
+
+
+def a_text(n_kv_heads, T=300):
+    g = torch.Generator().manual_seed(n_kv_heads)
+    return torch.randn(1, 4, T, 16, generator=g), *torch.randn(2, 1, n_kv_heads, T, 16, generator=g)
+
+
+def test_all_forms_of_a_window_give_the_same_numbers():
+    q, k, v = a_text(n_kv_heads=2)
+    forms = window_forms(q, k, v, window=50)
+    expected = scaled_dot_product_attention(q, k, v, causal_mask(300, window=50))
+    for form, call in forms.items():
+        torch.testing.assert_close(call(), expected, msg=lambda differs, form=form: f"{form}: {differs}")
+    assert list(forms) == ["masked", "blocks", "flex"]
+
+
+def test_only_the_masked_form_takes_memory_with_the_square_of_the_length():
+    q, k, v = a_text(1, T=1024)
+    forms = window_forms(q, k, v, window=50)
+    assert peak_bytes(forms["masked"]) > 1024 * 1024 * 4
+    assert peak_bytes(forms["flex"]) < 1024 * 1024
+    longer = window_forms(*a_text(1, T=2048), window=50)
+    assert peak_bytes(longer["blocks"]) < 2.2 * peak_bytes(forms["blocks"])
+    assert peak_bytes(longer["masked"]) > 3.5 * peak_bytes(forms["masked"])
+
+
+def test_without_a_compiler_flex_says_what_is_missing(tmp_path):
+    code = (
+        "import torch; from attnlab.errors import ConfigError; from attnlab.measure import window_forms\n"
+        "forms = window_forms(*torch.randn(3, 1, 2, 130, 16), window=40)\n"
+        "try: forms['flex']()\n"
+        "except ConfigError as error: print(error)"
+    )
+    environment = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "needs a C++ compiler" in done.stdout and "CXX" in done.stdout, done.stderr
+
+
+def test_a_window_that_no_key_fits_in_is_an_error():
+    with pytest.raises(ConfigError, match="1 or more"):
+        window_forms(*a_text(1), window=0)

@@ -446,6 +446,37 @@ def test_a_choice_holds_the_accounts_of_every_style():
 
 
 @pytest.mark.parametrize(
+    ("device", "context", "dtype", "chosen", "why"),
+    [
+        (24e9, 4096, "bfloat16", "bfloat16", "it fits as it is"),
+        (16e9, 4096, "float16", "int8", "with float16 weights 511.37 MiB are missing"),
+        (8e9, 4096, "bfloat16", "int4", "with int8 weights"),
+        (8e9, 32_768, "bfloat16", None, "even with int4 weights it needs"),
+    ],
+)
+def test_a_plan_takes_the_most_exact_form_that_fits_and_says_why(device, context, dtype, chosen, why):
+    plan = memory.plan("mistral-7b-v0.3", device, context, dtype=dtype)
+    assert [way.name for way in plan.ways] == [dtype, "int8", "int4"]
+    for way in plan.ways:
+        assert way.fit == memory.fits("mistral-7b-v0.3", device, context, 1, dtype, way.quantize)
+    assert (plan.chosen and plan.chosen.name) == chosen
+    assert why in plan.reason and plan.reason in " ".join(str(plan).split())
+    before = plan.ways if plan.chosen is None else plan.ways[: plan.ways.index(plan.chosen)]
+    assert not any(way.fit for way in before) and (plan.chosen is None or plan.chosen.fit)
+    assert max(len(line) for line in str(plan).splitlines()) <= 80
+
+
+def test_a_plan_asks_for_what_can_be_answered():
+    for ask in (
+        lambda: memory.plan(V02, 0),
+        lambda: memory.plan(V02, 8e9, dtype="int8"),
+        lambda: memory.plan("v9", 8e9),
+    ):
+        with pytest.raises(AttnlabError):
+            ask()
+
+
+@pytest.mark.parametrize(
     "call, expected",
     [
         (lambda: memory.with_kv_heads(V02, 5), "multiple"),

@@ -286,3 +286,36 @@ def test_parts_that_do_not_fit_are_refused():
             AttentionRecord(weights, **(fits | change))
     with pytest.raises(ShapeError, match="float16"):
         AttentionRecord(weights.astype(np.float32), **fits)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_8_bit_record_comes_back_within_its_bound_and_takes_a_fraction_of_the_bytes(tmp_path, causal):
+    scores = np.random.default_rng(0).normal(size=(3, 4, 40, 40)) * 4
+    scores[..., 0] += 6  # a sink
+    if causal:
+        scores[..., np.triu(np.ones((40, 40), dtype=bool), 1)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights = (weights / weights.sum(-1, keepdims=True)).astype(np.float16)
+    labels = [f"t{i}" for i in range(40)]
+    record = AttentionRecord(weights, labels, labels, n_kv_heads=2, window=None, causal=causal, model_name="m")
+    record.save(tmp_path / "whole.npz")
+    record.save(tmp_path / "small.npz", bits=8)
+    again = AttentionRecord.load(tmp_path / "small.npz")
+    apart = np.abs(again.weights.astype(np.float64) - weights)
+    assert again.weights.dtype == np.float16 and apart.max() < 0.02  # 1/510, and what brings rows to 1
+    assert_rows_sum_to_one(again)
+    assert (again.weights[weights == 0] == 0).all()
+    for field in ("query_tokens", "key_tokens", "n_kv_heads", "window", "causal", "model_name"):
+        assert getattr(again, field) == getattr(record, field)
+    assert (tmp_path / "small.npz").stat().st_size < (tmp_path / "whole.npz").stat().st_size / (3.5 if causal else 1.9)
+    with pytest.raises(ConfigError, match="16 or 8 bits; got 4"):
+        record.save(tmp_path / "small.npz", bits=4)
+
+
+def test_an_8_bit_record_that_is_cut_short_is_refused(tmp_path):
+    path = tmp_path / "maps.npz"
+    record_attention(tiny_mistral(), IDS).save(path, bits=8)
+    with np.load(path) as file:
+        np.savez_compressed(tmp_path / "short.npz", facts=file["facts"], maps=file["maps"][:, :-1])
+    with pytest.raises(CheckpointError, match="not a whole record"):
+        AttentionRecord.load(tmp_path / "short.npz")

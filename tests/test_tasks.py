@@ -280,3 +280,23 @@ def test_one_period_teaches_a_distance_and_no_induction():
 def test_repeating_is_seeded():
     first, same, other = (tasks.learn_to_repeat(1, seed=seed, **SHORT | {"steps": 3}) for seed in (1, 1, 2))
     assert np.array_equal(first.maps, same.maps) and not np.array_equal(first.maps, other.maps)
+
+
+# Relaying (chapter 10)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_a_payload_is_told_as_far_back_as_the_layers_reach_and_no_further(n_layers):
+    window = 4
+    accuracy = tasks.learn_to_relay(n_layers, window, longest=8)
+    reach = n_layers * (window - 1)
+    assert accuracy[:reach].min() > 0.9 and accuracy[reach:].max() < 0.3
+
+
+def test_relaying_is_seeded():
+    assert np.array_equal(tasks.learn_to_relay(1, 3, 4, steps=3), tasks.learn_to_relay(1, 3, 4, steps=3))
+
+
+def test_a_payload_stands_before_the_last_token():
+    with pytest.raises(ConfigError, match="1 or more tokens back"):
+        tasks.learn_to_relay(1, longest=0)

@@ -287,7 +287,10 @@ def test_an_instruct_model_is_known_by_its_template_or_its_name(tmp_path, bpe):
 def test_another_s_chat_template_wins_over_mistral_s_file(tmp_path, converted):
     chatml = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     folder = make_folder(tmp_path / "Instruct", "v1", template=chatml)
-    assert not load_tokenizer(folder).is_instruct  # nothing here can apply it, and V1 would be wrong
+    tokenizer = load_tokenizer(folder)
+    assert not tokenizer.is_instruct  # nothing here can apply it, and V1 would be wrong
+    with pytest.raises(InputError, match=r"not one of Mistral's, which tokenizer\.model goes with.*tokenizer\.json"):
+        tokenizer.encode_chat(SKY)
     shutil.copy(converted / "tokenizer.json", folder)
     tokenizer = load_tokenizer(folder)
     assert isinstance(tokenizer, JsonTokenizer) and tokenizer.is_instruct

@@ -28,6 +28,7 @@ import os
 import pickle
 import re
 import shutil
+import traceback
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attnlab.errors import CapacityError, CheckpointError, ConfigError
+from attnlab.errors import CapacityError, CheckpointError, ConfigError, first_line
+from attnlab.kernels import suit_processor_
+from attnlab.memory import weight_bytes
 from attnlab.mistral import Mistral, MistralConfig
+from attnlab.quantize import QuantizedLinear, is_quantized, linear_names, parse_quantize
 from attnlab.rotary import halves_to_interleaved, interleaved_to_halves
 
 Layout = Literal["hf", "mistral"]
@@ -204,6 +208,13 @@ def _config_from_hf(file: Path, stored: dict) -> MistralConfig:
             "Scaled positions give wrong numbers here, so they are refused"
         )
     n_heads = _number(file, stored, "num_attention_heads", int)
+    window = _number(file, stored, "sliding_window", int, absent=4096, null=None)
+    context = _number(file, stored, "max_position_embeddings", int, absent=None, null=None)
+    if stored.get("sliding_window") is not None and context is not None and window > context:
+        raise CheckpointError(
+            f"{file}: expected a sliding_window within max_position_embeddings, {context:,} tokens; got {window:,}, which no "
+            "text would ever reach. One of the two belongs to another model: set it to its own, or to null for no window"
+        )
     return MistralConfig(
         vocab_size=_number(file, stored, "vocab_size", int),
         d_model=_number(file, stored, "hidden_size", int),
@@ -212,7 +223,7 @@ def _config_from_hf(file: Path, stored: dict) -> MistralConfig:
         n_kv_heads=_number(file, stored, "num_key_value_heads", int, absent=8, null=n_heads),
         d_ff=_number(file, stored, "intermediate_size", int),
         head_dim=_number(file, stored, "head_dim", int, absent=None, null=None),
-        window=_number(file, stored, "sliding_window", int, absent=4096, null=None),
+        window=window,
         rope_theta=_number(file, {"rope_theta": stored.get("rope_theta")} | rope, "rope_theta", float, null=10_000.0),
         norm_eps=_number(file, stored, "rms_norm_eps", float, absent=1e-6),
         tie_embeddings=_flag(file, stored, "tie_word_embeddings"),
@@ -390,8 +401,11 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
+    quantize: str | None = None,
 ) -> Mistral:
     """The model of a checkpoint folder, on ``device`` in ``dtype`` (None: as stored), in evaluation mode.
+
+    With ``quantize`` its linear weights go straight into 8 or 4 bits, from what is stored, not from its rounding to ``dtype``.
 
     Everything is checked against the config from the files' headers before a byte of weights is read. Then each tensor
     goes by itself from the mapped file to its place, so that memory beyond the weights is that of one tensor.
@@ -400,11 +414,11 @@ def load_model(
         CheckpointError: a tensor that is missing, too many, of another shape or not floating-point; a file that is
             missing or cut off; an index that disagrees with its files or points outside the folder; a config that
             ``read_config`` refuses.
-        ConfigError: an unknown dtype or device.
+        ConfigError: an unknown dtype, device or form of quantizing, sizes that int4 does not divide.
         CapacityError: not enough memory.
     """
     folder = _existing(folder)
-    device = parse_device(device)
+    device, quantize = parse_device(device), parse_quantize(quantize)
     layout, config = _layout(folder), read_config(folder)
     stored = _stored_tensors(folder, layout)
     dtype = _main_dtype(stored) if dtype is None else parse_dtype(dtype)
@@ -421,15 +435,15 @@ def load_model(
     if config.tie_embeddings:
         del wanted["lm_head.weight"]
     _check_tensors(folder, layout, config, wanted, stored)
+    quantized = {f"{name}.weight" for name in linear_names(model, quantize)} if quantize else set()
 
     from tqdm.auto import tqdm
 
-    total = sum(torch.Size(shape).numel() for shape in wanted.values()) * dtype.itemsize
+    total = weight_bytes(config, dtype, quantize)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {config.name}", delay=2, disable=not progress)
     with bar:
         for name, shape in wanted.items():
             try:
-                target = torch.empty(shape, dtype=dtype, device=device)
                 # The file is opened anew for each tensor: the pages read for it leave this process's memory with it.
                 source = stored_name(name, layout)
                 with _open(stored[source].file) as content:
@@ -437,18 +451,29 @@ def load_model(
                     heads = _permuted_heads(name, config)
                     if layout == "mistral" and heads:
                         tensor = interleaved_to_halves(tensor, heads)
-                    target.copy_(tensor)
+                    if name in quantized:
+                        placed = QuantizedLinear(tensor, quantize, device)
+                        model.set_submodule(name.removesuffix(".weight"), placed)
+                    else:
+                        placed = torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
+                        _set_parameter(model, name, placed)
                     del tensor
             except (RuntimeError, MemoryError) as error:  # torch's own for "out of memory" is a RuntimeError
+                # A notebook keeps the last traceback, and with it every frame's variables: what was taken goes back now.
+                model = placed = tensor = content = None  # noqa: F841
+                traceback.clear_frames(error.__traceback__)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
                 raise CapacityError(
-                    f"the weights take {total / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, and {device} has no room "
-                    f"for them ({str(error).splitlines()[0]}). Free memory, use another device, or a 16-bit dtype"
+                    f"the weights take {total / 1e9:.1f} GB in {quantize or str(dtype).removeprefix('torch.')}, and {device} has no "
+                    f"room for them ({first_line(error)}); what was loaded has left memory again. Free memory, use another device, or a "
+                    'smaller form: a 16-bit dtype, quantize="int8", quantize="int4"'
                 ) from error
-            _set_parameter(model, name, target)
-            bar.update(target.nbytes)
+            bar.update(placed.nbytes)
     if config.tie_embeddings:
         model.lm_head.weight = model.embed.weight
-    return model.eval()
+    suit_processor_(model)
+    return model.requires_grad_(False).eval() if quantize else model.eval()
 
 
 class _ShapesOnly(TorchFunctionMode):
@@ -542,12 +567,16 @@ def save_model(
     config leaves first and the new one comes last: cut off between, it has none and is refused, not mixed.
 
     Raises CapacityError for a full disk, CheckpointError for a folder that cannot be written or that holds the other layout
-    (readers would not know which to believe), ConfigError for an unknown layout.
+    (readers would not know which to believe), ConfigError for an unknown layout or a quantized model.
     """
     if layout not in CONFIG_FILES:
         raise ConfigError(f'layout must be "hf" or "mistral"; got {layout!r}')
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes must be 1 or more; got {max_shard_bytes}")
+    if is_quantized(model):
+        raise ConfigError(
+            f"{is_quantized(model)} weights are not written: save the model they were made from, and quantize on loading"
+        )
     folder = Path(folder).expanduser().absolute()
     other = CONFIG_FILES["mistral" if layout == "hf" else "hf"]
     if (folder / other).exists():

@@ -1,5 +1,5 @@
 """The command line: ``attnlab doctor``, ``attnlab generate``, ``attnlab explore``, ``attnlab memory``,
-``attnlab choose``, ``attnlab convert``.
+``attnlab choose``, ``attnlab convert``, ``attnlab serve``.
 
 What a command prints goes to stdout; progress, notes and errors go to stderr. Exit codes: 0 done, 1 failed, 2 wrong input,
 130 interrupted. Heavy imports wait until a command needs them, so that ``--help`` is quick.
@@ -31,6 +31,8 @@ FOR = {  # what is missing without it
     "seaborn": "heat maps",
     "ipywidgets": "knobs in notebooks",
     "anywidget": "explorers",
+    "fastapi": "attnlab serve",
+    "uvicorn": "attnlab serve",
 }
 
 
@@ -108,6 +110,9 @@ ModelName = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best one here if not given.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; what suits the device if not given.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="int8 or int4: store linear weights in a half or a third of 16 bits' memory.")
+]
 
 
 @app.command(short_help="Go on from a prompt.")
@@ -121,6 +126,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Do not wrap the prompt in an instruct model's template.")] = False,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
 ) -> None:
     """Go on from a prompt, streaming the text as it comes.
 
@@ -129,6 +135,7 @@ def generate(
       attnlab generate "def"
       attnlab generate "class Stack:" --max-new-tokens 200 --temperature 0.7 --seed 1
       attnlab generate "Why is the sky blue?" --model mistralai/Mistral-7B-Instruct-v0.3
+      attnlab generate "Hello" --model mistralai/Mistral-7B-v0.3 --quantize int4
       cat start.py | attnlab generate -
 
     A prompt should not end with a space: to the model a space belongs to the word that follows, so after "def " it has
@@ -137,7 +144,7 @@ def generate(
     text = _read_text(prompt, 'no prompt came: attnlab generate "def", or pipe one in')
     import attnlab
 
-    lm = attnlab.load(model, device=device, dtype=dtype)
+    lm = attnlab.load(model, device=device, dtype=dtype, quantize=quantize)
     chat = lm.tokenizer.is_instruct and not raw
     if text != text.rstrip(" ") and not chat:
         _say('note: the prompt ends with a space, after which models continue badly; "def" works better than "def "')
@@ -175,6 +182,7 @@ def explore(
     model: ModelName = "companion",
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
 ) -> None:
     """Run a model once over a text and write all its attention maps into one page, which any browser opens offline.
 
@@ -195,7 +203,7 @@ def explore(
     import attnlab
     from attnlab.explorer.attention import AttentionExplorer, check_size
 
-    lm = attnlab.load(model, device=device, dtype=dtype)
+    lm = attnlab.load(model, device=device, dtype=dtype, quantize=quantize)
     L, H, T = lm.config.n_layers, lm.config.n_heads, len(lm.tokenizer.encode(text))
     check_size(L, H, T, T, causal=True)  # nor this
     _say(f"{lm.config.name}: {T} tokens, {L} layers × {H} heads")
@@ -344,6 +352,41 @@ def convert(
     print(f"{out}: {model.config.n_heads} query heads on {n_kv_heads} K/V heads, {size} of cache a token")
 
 
+@app.command(short_help="Serve a model over HTTP.")
+def serve(
+    model: ModelName = "companion",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Where to listen. Anything but this machine itself needs a token.")
+    ] = "127.0.0.1",
+    token: Annotated[
+        str | None, typer.Option(envvar="ATTNLAB_TOKEN", help="What callers must send as Authorization: Bearer ...")
+    ] = None,
+    rows: Annotated[
+        int, typer.Option(help="Conversations at once; the memory of their cache is taken at the start.")
+    ] = 16,
+    max_len: Annotated[int, typer.Option(help="Tokens of one conversation, prompt and answer.")] = 2048,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Serve a model with the API of the announcement (Workers AI), and OpenAI's form of it.
+
+    \b
+    Examples
+      attnlab serve --model companion --port 8000
+      curl http://127.0.0.1:8000/client/v4/accounts/me/ai/run/companion -d '{"prompt": "def add(a, b):", "stream": true}'
+
+    Ctrl-C, or SIGTERM, lets answers under way finish (up to 30 seconds) and ends it. Nothing of what is asked is logged.
+    """
+    import attnlab
+    from attnlab.serve import Server
+
+    lm = attnlab.load(model, device=device, dtype=dtype)
+    server = Server(lm, host, port, token, rows=rows, max_len=max_len)
+    print(f"serving {lm!r} at {server.url}", flush=True)
+    server.run()
+
+
 @app.command(short_help="Check this machine.")
 def doctor() -> None:
     """Check this machine: versions, processor, memory, GPU, the model that ships, and which models would fit.
@@ -434,8 +477,10 @@ def _fit(to_do: list[str]):
 
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     free = free_bytes(device)
-    for dtype, called in (("float32", "float32"), ("bfloat16", "bfloat16, float16")):
-        fit = accounts.fits("mistral-7b-v0.1", free, context=4096, dtype=dtype)
+    forms = [("float32", None, "float32"), ("bfloat16", None, "bfloat16, float16")]
+    forms += [("bfloat16", form, f"bfloat16 with {form} weights") for form in accounts.QUANTIZED]
+    for dtype, quantize, called in forms:
+        fit = accounts.fits("mistral-7b-v0.1", free, context=4096, dtype=dtype, quantize=quantize)
         answer = "fits" if fit else "does not fit"
         sums = f"{accounts.human_bytes(fit.total)} of {accounts.human_bytes(free)} free"
         yield "Mistral 7B", f"{answer} on {device} in {called} with 4,096 tokens: {sums}"

@@ -3,7 +3,8 @@
 import errno
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from attnlab import companion
 from attnlab.checkpoint import load_model, parse_device, parse_dtype, read_config, stored_dtype
 from attnlab.companion import COMPANION, SIBLINGS
 from attnlab.errors import AttnlabError, CapacityError, CheckpointError, ConfigError, HubError, InputError
-from attnlab.memory import kv_cache_bytes, weight_bytes
+from attnlab.memory import QUANTIZED, Model, Plan, kv_cache_bytes, n_params, plan, weight_bytes
 from attnlab.mistral import Mistral, MistralConfig
+from attnlab.quantize import Quantize, is_quantized, parse_quantize, quantizable
 from attnlab.tokenizer import Tokenizer, load_tokenizer
 
 _SMALL_CONTEXT = 512  # tokens of cache without which a model is of no use
@@ -31,9 +33,11 @@ class LanguageModel:
     name: str
 
     def __repr__(self) -> str:
-        count = sum(parameter.numel() for parameter in self.model.parameters())  # a tied matrix counts once
+        count = n_params(self.config)  # a tied matrix counts once
         size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
         dtype = str(self.model.dtype).removeprefix("torch.")
+        if form := is_quantized(self.model):
+            dtype += f" with {form} weights"
         return f"LanguageModel({self.name!r}, {size} parameters, {dtype} on {self.model.device})"
 
 
@@ -43,6 +47,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
     revision: str | None = None,
+    quantize: Quantize | None = None,
 ) -> LanguageModel:
     """A model ready to run.
 
@@ -56,30 +61,53 @@ def load(
             it (a T4); on a CPU float32, its fastest, if that fits a quarter of the free memory, else as stored.
         progress: bars for what takes longer than two seconds.
         revision: a branch, tag or commit on the hub.
+        quantize: what linear weights are stored in: ``"int8"``, half of 16 bits' memory, or ``"int4"``, a third, with
+            :mod:`attnlab.quantize`; None: in ``dtype``. They are put there one by one: the whole in 16 bits is never held.
 
     Raises:
         InputError: a name that is none of these.
         HubError: gated, unknown, or no network.
         CapacityError: the weights do not fit.
         CheckpointError: a folder that is incomplete or damaged, or has no tokenizer.
-        ConfigError: an unknown dtype, or a device that is not here.
+        ConfigError: an unknown dtype or form of quantizing, sizes that int4 does not divide, a device that is not here.
     """
+    quantize = parse_quantize(quantize)
     device = parse_device(_best_device() if device is None else device)
     if dtype is not None:
         dtype = parse_dtype(dtype)
     name, folder = find_folder(str(name), revision, progress)
     config = read_config(folder).replace(name=name)
-    dtype = _best_dtype(config, stored_dtype(folder), device) if dtype is None else dtype
-    _check_room(config, dtype, device)
+    dtype = _best_dtype(config, stored_dtype(folder), device, quantize) if dtype is None else dtype
+    _check_room(config, dtype, device, quantize)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{folder}: expected a tokenizer of at most {config.vocab_size} tokens, which the model has vectors for; its "
             f"tokenizer has {tokenizer.vocab_size}. It belongs to another model"
         )
-    model = load_model(folder, device, dtype, progress)
+    model = load_model(folder, device, dtype, progress, quantize)
     model.config = config
     return LanguageModel(model, tokenizer, config, name)
+
+
+def what_fits(model: Model = "mistral-7b-v0.3", device: str | torch.device | None = None, context: int = 4096) -> Plan:
+    """How to load a model on this machine: as it is, or with int8 or int4 weights; before anything is downloaded.
+
+    ``memory.plan`` with what is free on ``device`` (None: the one ``load`` takes) and with the dtype ``load`` takes for a
+    model stored in bfloat16, as Mistral's are. Hand ``chosen.dtype`` and ``chosen.quantize`` to ``load``; if nothing fits,
+    ``chosen`` is None, and there is the companion.
+    """
+    device = parse_device(_best_device() if device is None else device)
+    free, dtype = free_bytes(device), _best_dtype(model, torch.bfloat16, device)
+    found = plan(model, free, context, dtype=dtype)
+    why = {
+        torch.float32: ", float32 as there is plenty",
+        torch.float16: ", float16 as it does not compute in bfloat16",
+    }.get(dtype, "")
+    reason = found.reason
+    if found.chosen is None:
+        reason += f', or "{COMPANION}", which runs anywhere'
+    return replace(found, setting=f"{found.setting} free on {device}{why}", reason=reason)
 
 
 def free_bytes(device: str | torch.device) -> int:
@@ -112,31 +140,42 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _best_dtype(config: MistralConfig, stored: torch.dtype, device: torch.device) -> torch.dtype:
+def _best_dtype(config: Model, stored: torch.dtype, device: torch.device, quantize: str | None = None) -> torch.dtype:
     if device.type == "cpu":
-        return torch.float32 if weight_bytes(config, torch.float32) <= free_bytes(device) / 4 else stored
+        return torch.float32 if weight_bytes(config, torch.float32, quantize) <= free_bytes(device) / 4 else stored
     if device.type == "cuda" and stored == torch.bfloat16:
         has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)  # since Ampere; before it is only emulated
         return stored if has_bfloat16 else torch.float16
     return stored
 
 
-def _check_room(config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse what surely does not fit, before minutes are spent on finding out."""
-    weights = weight_bytes(config, dtype)
-    cache = kv_cache_bytes(config, min(_SMALL_CONTEXT, config.window or _SMALL_CONTEXT), 1, dtype)
+def _check_room(config: MistralConfig, dtype: torch.dtype, device: torch.device, quantize: str | None = None) -> None:
+    """Refuse what surely does not fit, before minutes are spent on finding out; name what would."""
+    tokens = min(_SMALL_CONTEXT, config.window or _SMALL_CONTEXT)
+
+    def need(dtype: torch.dtype, quantize: str | None) -> int:
+        return weight_bytes(config, dtype, quantize) + kv_cache_bytes(config, tokens, 1, dtype)
+
     free = free_bytes(device)
-    if weights + cache <= free:
+    if need(dtype, quantize) <= free:
         return
+    narrow = torch.bfloat16 if dtype == torch.float32 else dtype
+    smaller = [form for form in QUANTIZED if quantize is None or QUANTIZED[form][0] < QUANTIZED[quantize][0]]
     help = []
-    if dtype == torch.float32 and weights / 2 + cache <= free:
-        help.append('dtype="bfloat16", half the size')
-    if device.type != "cpu" and weights + cache <= free_bytes("cpu"):
+    for form in [quantize, *filter(partial(quantizable, config), smaller)]:
+        for other in (dtype, narrow):
+            if need(other, form) <= free:
+                options = [f'dtype="{str(other).removeprefix("torch.")}"'] if other != dtype else []
+                options += [f'quantize="{form}"'] if form != quantize else []
+                help.append(f"{' with '.join(options)}, which needs {need(other, form) / 1e9:.2f} GB")
+                break
+    if device.type != "cpu" and need(dtype, quantize) <= free_bytes("cpu"):
         help.append('device="cpu"')
     help.append(f'a device with more memory, or a smaller model such as "{COMPANION}"')
+    stored = str(dtype).removeprefix("torch.") + (f" with {quantize} weights" if quantize else "")
     raise CapacityError(
-        f"{config.name} does not fit on {device}: its weights in {str(dtype).removeprefix('torch.')} and a cache of "
-        f"{_SMALL_CONTEXT} tokens need {(weights + cache) / 1e9:.2f} GB; {free / 1e9:.2f} GB are free. "
+        f"{config.name} does not fit on {device}: its weights in {stored} and a cache of "
+        f"{tokens} tokens need {need(dtype, quantize) / 1e9:.2f} GB; {free / 1e9:.2f} GB are free. "
         f"What would help: {'; '.join(help)}"
     )
 

@@ -14,7 +14,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from attnlab.attention import scaled_dot_product_attention
+from attnlab.attention import check_window, online_softmax_attention, scaled_dot_product_attention
+from attnlab.errors import ConfigError
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise writes two lines a call into a notebook
 
@@ -73,6 +74,47 @@ def grouped_query_forms(
         "enable_gqa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
         "grouped": lambda: scaled_dot_product_attention(q, k, v),
         "matmul": matmul,
+    }
+
+
+def window_forms(
+    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B Hkv T D"], v: Float[Tensor, "B Hkv T D"], window: int
+) -> dict[str, Callable[[], Tensor]]:
+    """Causal attention of a whole text with a window, in three ways that give the same numbers, as calls without arguments.
+
+    ``masked``: torch's kernel under a mask of T × T, which computes what it hides. ``blocks``: this package's
+    ``online_softmax_attention``, which leaves out the blocks that nobody sees. ``flex``: torch's ``flex_attention``, which
+    leaves them out as well; its first call compiles it for these shapes, and on a CPU that takes a C++ compiler.
+
+    The list of blocks that ``flex`` needs is made here, once: all layers of a model could share it.
+
+    Raises ConfigError for a window below 1; ``flex`` does where it cannot be compiled.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    check_window(window)
+    T = q.shape[2]
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # ``visible``, of one query and one key
+        return (j <= i) & (j > i - window)
+
+    blocks = create_block_mask(sees, None, None, T, T, device=q.device)
+    compiled = torch.compile(flex_attention)
+
+    def flex() -> Tensor:
+        try:
+            return compiled(q, k, v, block_mask=blocks, enable_gqa=k.shape[1] < q.shape[1])
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"flex_attention could not be compiled here ({reason}): on a CPU it needs a C++ compiler such as g++ or "
+                f"clang++ (the environment variable CXX may name one). The other forms give the same numbers without"
+            ) from error
+
+    return {
+        "masked": lambda: scaled_dot_product_attention(q, k, v, causal=True, window=window),
+        "blocks": lambda: online_softmax_attention(q, k, v, causal=True, window=window),
+        "flex": flex,
     }
 
 

@@ -23,9 +23,9 @@ from attnlab.layers import check_heads
 from attnlab.mistral import PRESETS, MistralConfig
 
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Where linear weights are quantized: bits a weight, and weights that share a scale (None: a whole row of the matrix). Each
-# scale is one element of the compute dtype; int4 stores an offset of the same size with it.
-QUANTIZED = {"int8": (8, None, 1), "int4": (4, 32, 2)}
+# Where linear weights are quantized: bits a weight, weights that share a scale (None: a whole row of the matrix), and bytes
+# for it: a bfloat16, whatever is computed in, as torch's kernels take it; int4 has an offset of the same size with it.
+QUANTIZED = {"int8": (8, None, 2), "int4": (4, 32, 4)}
 RESERVE_BYTES = 2_000_000_000
 
 
@@ -409,8 +409,8 @@ def n_params(model: Model) -> int:
 def weight_bytes(model: Model, dtype: str | torch.dtype = "bfloat16", quantize: str | None = None) -> int:
     """Bytes of the weights, in ``dtype``, with the linear ones stored in ``quantize`` if it is given.
 
-    What quantizing is taken to cost: "int8" one byte a weight and a scale a row; "int4" half a byte a weight, and a scale
-    and an offset for every 32. Scales and offsets are in ``dtype``, as are embedding and norms.
+    Quantized (:mod:`attnlab.quantize`), "int8" takes one byte a weight and a scale a row; "int4" half a byte a weight, and a
+    scale and an offset for every 32. Scales and offsets take two bytes each; embedding and norms are in ``dtype``.
     """
     weights, size = _weights(as_shape(model)), element_bytes(dtype)
     return (weights.embedding + weights.other) * size + _linear_bytes(weights, size, quantize)
@@ -706,6 +706,79 @@ def fits(
     return Fit(shape.name, setting, device, weights, cache, kept_free, advice)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """One way to store a model's weights in a ``Plan``: what is computed in, what linear weights are kept in, its sum."""
+
+    dtype: str
+    quantize: str | None
+    fit: Fit
+
+    @property
+    def name(self) -> str:
+        return self.quantize or self.dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of ``plan``: the ways to store a model, most exact first, the chosen one (None: none fits), and why."""
+
+    setting: str
+    ways: tuple[Stored, ...]
+    chosen: Stored | None
+    reason: str
+
+    def __str__(self) -> str:
+        lines = [self.setting, f"{'':10}  {'weights':>10}  {'together':>10}"]
+        for way in self.ways:
+            fit = way.fit
+            left = f"{human_bytes(abs(fit.spare))} {'spare' if fit else 'missing'}"
+            lines.append(
+                f"{way.name:10}  {human_bytes(fit.weights):>10}  {human_bytes(fit.total):>10}  "
+                f"{'fits' if fit else 'does not fit'}, {left}"
+            )
+        name = "none" if self.chosen is None else self.chosen.name
+        return "\n".join([*lines, *textwrap.wrap(f"take {name}: {self.reason}", 72)])
+
+
+def plan(
+    model: Model,
+    device_bytes: float,
+    context: int = 4096,
+    batch: int = 1,
+    dtype: str | torch.dtype = "bfloat16",
+    reserve: int | None = None,
+) -> Plan:
+    """How to store a model so that it runs on a device: in ``dtype`` as it is, or with int8 or int4 weights.
+
+    Chosen is the first that fits, from the most exact on: what fits as it is need not be rounded. Bytes decide alone;
+    whether a smaller form is also faster depends on the machine, and what it costs in quality on the model.
+
+    >>> [plan("mistral-7b-v0.3", n, 4096).chosen.name for n in (24e9, 16e9, 8e9)]
+    ['bfloat16', 'int8', 'int4']
+    >>> plan("mistral-7b-v0.3", 4e9).chosen is None
+    True
+    """
+    name = _dtype_name(dtype)
+    ways = tuple(
+        Stored(name, quantize, fits(model, device_bytes, context, batch, name, quantize, reserve))
+        for quantize in (None, *QUANTIZED)
+    )
+    setting = f"{as_shape(model).name}, {batch} × {context:,} tokens, {human_bytes(_device(device_bytes))}"
+    chosen = next((way for way in ways if way.fit), None)
+    smallest = ways[-1].fit
+    if chosen is None:
+        reason = (
+            f"even with {ways[-1].name} weights it needs {human_bytes(smallest.total)}; take a smaller model or context"
+        )
+    elif chosen is ways[0]:
+        reason = "it fits as it is, nothing need be rounded"
+    else:
+        before = ways[ways.index(chosen) - 1]
+        reason = f"with {before.name} weights {human_bytes(-before.fit.spare)} are missing"
+    return Plan(setting, ways, chosen, reason)
+
+
 def compare(
     models: list[Model], context: int = 4096, batch: int = 1, dtype: str | torch.dtype = "bfloat16"
 ) -> list[dict]:
@@ -880,7 +953,7 @@ def _linear_bytes(weights: Weights, size: int, quantize: str | None) -> int:
         raise ConfigError(f"quantize is None, {' or '.join(map(repr, QUANTIZED))}; got {quantize!r}")
     bits, sharing, per_scale = QUANTIZED[quantize]
     scales = weights.linear_rows if sharing is None else weights.linear // sharing
-    return weights.linear * bits // 8 + scales * per_scale * size
+    return weights.linear * bits // 8 + scales * per_scale
 
 
 def _what_would_help(shape, device, context, batch, dtype, quantize, reserve):

@@ -15,6 +15,7 @@ from attnlab import heads
 from attnlab.errors import ConfigError
 from attnlab.heads import HeadScores
 from attnlab.layers import GroupedQueryAttention, RMSNorm
+from attnlab.mistral import Mistral, MistralConfig
 
 
 def learn_to_look_up(
@@ -407,3 +408,54 @@ def _for_each_token(rows: Int[Tensor, "B n S"], index: Int[Tensor, "B T m"]) -> 
     """``rows[b, i, index[b, t, i]]``; with n = 1 every i reads the one row."""
     index = index.transpose(1, 2)  # (B, m, T)
     return rows.expand(-1, index.shape[1], -1).gather(2, index).transpose(1, 2)
+
+
+# Chapter 10: how far information is handed on
+
+
+PAYLOADS = 8  # tokens that may have to be told; as many others are filler
+
+
+def learn_to_relay(
+    n_layers: int, window: int = 5, longest: int = 15, steps: int = 150, seed: int = 0
+) -> Float[np.ndarray, " longest"]:
+    """Train a small ``Mistral`` with a window to tell, at the last token, the one payload that stood before it.
+
+    The payload stands 1 to ``longest`` tokens back, each as often, and filler everywhere else. The result is the accuracy
+    on new rows for each of these distances; guessing gets 1 in ``PAYLOADS``. Nothing but the window stands in the way: from
+    further back than ``window - 1`` tokens a payload has to be handed on from layer to layer.
+
+    Raises ConfigError for a distance below 1, and as ``MistralConfig`` does.
+    """
+    if longest < 1:
+        raise ConfigError(f"a payload stands 1 or more tokens back; got longest={longest}")
+    torch.manual_seed(seed)  # of the weights
+    g = torch.Generator().manual_seed(seed)
+    config = MistralConfig(
+        vocab_size=2 * PAYLOADS, d_model=32, n_layers=n_layers, n_heads=4, n_kv_heads=4, d_ff=64, window=window
+    )
+    model = Mistral(config)
+
+    def rows(distances: Int[Tensor, " B"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
+        B = len(distances)
+        ids = torch.randint(PAYLOADS, 2 * PAYLOADS, (B, longest + 1), generator=g)
+        payloads = torch.randint(PAYLOADS, (B,), generator=g)
+        ids[torch.arange(B), longest - distances] = payloads
+        return ids, payloads
+
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    for step in tqdm(range(steps), desc=f"relaying, {n_layers} layers", leave=False, delay=2):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / steps)
+        ids, payloads = rows(torch.randint(1, longest + 1, (64,), generator=g))
+        loss = F.cross_entropy(model(ids, last_only=True)[:, 0], payloads)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    accuracy = []
+    with torch.no_grad():
+        for distance in range(1, longest + 1):
+            ids, payloads = rows(torch.full((400,), distance))
+            accuracy.append((model(ids, last_only=True)[:, 0].argmax(-1) == payloads).float().mean().item())
+    return np.array(accuracy)

@@ -78,9 +78,8 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     mistral_file = _mistral_file(folder)
     if mistral_file is not None and not (foreign_template and json_file.exists()):
         named_instruct = template is None and "instruct" in _names(folder).lower()
-        return MistralTokenizer(
-            mistral_file, is_instruct=named_instruct or (template is not None and not foreign_template)
-        )
+        is_instruct = named_instruct or (template is not None and not foreign_template)
+        return MistralTokenizer(mistral_file, is_instruct, foreign_template)
     if json_file.exists():
         return JsonTokenizer(json_file, is_instruct=template is not None)
     raise CheckpointError(f"no tokenizer in {folder}: looked for {LOOKED_FOR}")
@@ -120,8 +119,8 @@ class _ByteTokenizer:
 class MistralTokenizer(_ByteTokenizer):
     """One of Mistral's own files: SentencePiece (V1 to V3, V7) or tekken, with the instruct template that goes with it."""
 
-    def __init__(self, path: Path, is_instruct: bool = False) -> None:
-        self.path, self.is_instruct = path, is_instruct
+    def __init__(self, path: Path, is_instruct: bool = False, foreign_template: bool = False) -> None:
+        self.path, self.is_instruct, self.foreign_template = path, is_instruct, foreign_template
         try:
             self._mistral = _open_mistral(path)
         except Exception as error:  # a damaged file shows itself as RuntimeError, KeyError, AssertionError, ...
@@ -145,6 +144,11 @@ class MistralTokenizer(_ByteTokenizer):
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         messages = _checked_messages(messages)
+        if self.foreign_template:
+            raise InputError(
+                f"the chat template of {self.path.parent.name} is not one of Mistral's, which {self.path.name} goes with: it "
+                "writes no [INST]. It needs the tokenizer.json that it was made for, beside it; or pass plain text"
+            )
         if not self.is_instruct:
             raise InputError(f"{self.path.parent.name} is no instruct model: it has no chat template; pass plain text")
         from mistral_common.exceptions import MistralCommonException
