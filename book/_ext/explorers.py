@@ -2,7 +2,8 @@
 
 An output's HTML (attnlab.explorer.base) brings data and a still picture, but no code. The code is written here, as classic
 scripts, since a page opened from a folder may neither import modules nor fetch data. Of a payload that is large, the long
-strings become files ``data/<hash>.js``, which the host loads when a module first asks for them.
+strings become files ``data/<hash>.js``, which the host loads when a module first asks for them. Where a page holds the live
+companion, the models' weights are written there too, in int8.
 """
 
 import hashlib
@@ -47,8 +48,24 @@ def without_long_strings(value: object, folder: Path) -> object:
     if not (isinstance(value, str) and len(value) >= LONG):
         return value
     name = hashlib.sha256(value.encode()).hexdigest()[:16] + ".js"
-    write(folder / name, f"attnlabExplorers.data({json.dumps(name)}, {json.dumps(value)});\n")
+    write_data(folder, name, value)
     return {"file": name, "length": len(value)}
+
+
+def write_data(folder: Path, name: str, text: str) -> None:
+    from attnlab.explorer import base
+
+    write(folder / name, base.data_script(name, text) + "\n")
+
+
+def write_live_models(folder: Path) -> None:
+    """What the live companion asks for when its button is pressed: made from the weights that ship, and not fetched before."""
+    from attnlab.explorer import live
+
+    for model in live.MODELS:
+        for name, text in live.files(model).items():
+            if not (folder / name).exists():
+                write_data(folder, name, text)
 
 
 def script_json(value: object) -> str:
@@ -78,6 +95,8 @@ def bring_scripts(app: Sphinx, pagename: str, template: str, context: dict, doct
     write(static / "host.js", base.source("host.js"))
     for kind in kinds:
         write(static / f"{kind}.js", base.classic(kind))
+    if "live" in kinds:
+        write_live_models(static / "data")
     app.add_css_file(f"{FOLDER}/explorer.css")
     for name in ("host", *kinds):
         app.add_js_file(f"{FOLDER}/{name}.js", loading_method="defer")

@@ -37,6 +37,18 @@ def label(key: str) -> str:
     return key.replace("_", " ")
 
 
+def cell(key: str, value: object) -> str:
+    """The same where the key says what is counted: a memory's speed is read in GB/s."""
+    if isinstance(value, dict) and value.keys() != SPREAD:
+        return ", ".join(f"{label(name)} {cell(name, item)}" for name, item in value.items())
+    if not key.endswith("bytes_per_second") or value is None:
+        return words(value)
+    if isinstance(value, dict):
+        low, middle, high = (cell(key, value[which]) for which in ("min", "median", "max"))
+        return f"{middle} ({low}–{high}, {value['repetitions']} times)"
+    return f"{words(float(f'{value / 1e9:.3g}'))} GB/s"
+
+
 def table(head: list[str], rows: list[list[str]]) -> nodes.container:
     """A table that scrolls inside itself when the page is narrow."""
     group = nodes.tgroup(cols=len(head))
@@ -53,7 +65,7 @@ def table(head: list[str], rows: list[list[str]]) -> nodes.container:
 def table_of_objects(items: list[dict]) -> nodes.container:
     keys = list(dict.fromkeys(key for item in items for key in item))
     return table(
-        [label(key) for key in keys], [[words(item[key]) if key in item else "" for key in keys] for item in items]
+        [label(key) for key in keys], [[cell(key, item[key]) if key in item else "" for key in keys] for item in items]
     )
 
 
@@ -69,13 +81,15 @@ def render(record: dict) -> list[nodes.Node]:
     """Origin first, as a list; then everything that is a table; then the parts."""
     origin, rest = nodes.bullet_list(classes=["measured-origin"]), []
     for key, value in record.items():
+        if value == []:
+            continue  # a section that came to nothing says why under "left out"
         if objects(value):
             rest += [nodes.rubric(text=label(key)), table_of_objects(value)]
         elif holds_objects(value):
             for name, part in value.items():
                 rest += [nodes.rubric(text=label(name)), *(render(part) if isinstance(part, dict) else [])]
         else:
-            text = nodes.paragraph("", "", nodes.strong(text=f"{label(key)}: "), nodes.Text(words(value)))
+            text = nodes.paragraph("", "", nodes.strong(text=f"{label(key)}: "), nodes.Text(cell(key, value)))
             origin += nodes.list_item("", text)
     return [origin, *rest]
 

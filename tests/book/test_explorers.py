@@ -19,7 +19,8 @@ from conftest import ROOT, QuietHandler
 
 import attnlab
 from attnlab import memory
-from attnlab.explorer import DotProductExplorer
+from attnlab.explorer import DotProductExplorer, live
+from attnlab.explorer.rolling_buffer import steps
 
 pytestmark = pytest.mark.browser
 HOSTILE = ["<img src=x onerror=window.hacked=1>", "</script><script>window.hacked=1</script>", "<!--<script>"]
@@ -43,7 +44,9 @@ PAGE = "notebooks/one.html"
 NUMBERS = [  # on a second page
     "from attnlab.explorer import MemoryExplorer, ShapeExplorer\nShapeExplorer(4096, 32, 8)",
     "MemoryExplorer('mistral-7b-v0.1', 'llama-2-7b')",
+    "from attnlab.explorer import RollingBufferExplorer\nRollingBufferExplorer(window=4, tokens=12, chunk=3)",
 ]
+LIVE = ["from attnlab.explorer import LiveExplorer\nLiveExplorer('def add(a, b):')"]  # on a third
 STILL = "figure.attnlab-explorer > img"
 
 
@@ -72,6 +75,7 @@ def small(tmp_path_factory):
         shutil.copytree(ROOT / "book" / name, tree / "book" / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "_toc.yml").write_text(
         "format: jb-book\nroot: book/page\nchapters:\n  - file: notebooks/one\n  - file: notebooks/two\n"
+        "  - file: notebooks/three\n"
     )
     (tree / "book" / "page.md").write_text("# A page\n\nWithout explorers.\n")
     (tree / "book" / "references.bib").write_text("")
@@ -80,9 +84,11 @@ def small(tmp_path_factory):
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     title = nbformat.v4.new_markdown_cell("# One\n\n| | |\n|---|---|\n| a | b |\n", id="title")
     nbformat.write(nbformat.v4.new_notebook(cells=[title, *cells], metadata=kernel), tree / "notebooks" / "one.ipynb")
-    cells = [nbformat.v4.new_code_cell(source, id=f"n{i}") for i, source in enumerate(NUMBERS)]
-    title = nbformat.v4.new_markdown_cell("# Two", id="title")
-    nbformat.write(nbformat.v4.new_notebook(cells=[title, *cells], metadata=kernel), tree / "notebooks" / "two.ipynb")
+    for name, sources in (("two", NUMBERS), ("three", LIVE)):
+        cells = [nbformat.v4.new_code_cell(source, id=f"{name}{i}") for i, source in enumerate(sources)]
+        title = nbformat.v4.new_markdown_cell(f"# {name.title()}", id="title")
+        made = nbformat.v4.new_notebook(cells=[title, *cells], metadata=kernel)
+        nbformat.write(made, tree / "notebooks" / f"{name}.ipynb")
     (tree / "requirements.txt").touch()
     command = [sys.executable, str(tree / "tools" / "book.py")]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -247,7 +253,8 @@ def test_a_knob_is_a_picture(visit, home):
 @pytest.fixture
 def copy(small, tmp_path):
     """The pages, to be damaged."""
-    shutil.copytree(small, tmp_path / "html")
+    live_models = shutil.ignore_patterns(*(f"{name}-*" for name in live.MODELS))  # nobody damages these here
+    shutil.copytree(small, tmp_path / "html", ignore=live_models)
     return tmp_path / "html"
 
 
@@ -323,8 +330,8 @@ def row(root, name) -> list[str]:
 
 def test_shapes_and_bytes_on_a_page_are_the_packages(visit, home):
     opened = visit(f"{home}/notebooks/two.html")
-    opened.wait_until_drawn(2)
-    shape, account = opened.page.locator("[data-explorer]").all()
+    opened.wait_until_drawn(len(NUMBERS))
+    shape, account, _ = opened.page.locator("[data-explorer]").all()
     shape.get_by_role("button", name="multi-query").click()
     with torch.device("meta"):
         layer = attnlab.GroupedQueryAttention(4096, 32, 1)
@@ -347,12 +354,24 @@ def test_shapes_and_bytes_on_a_page_are_the_packages(visit, home):
 @pytest.mark.parametrize("width, theme", [(1280, "light"), (1280, "dark"), (320, "light"), (320, "dark")])
 def test_axe_finds_nothing_on_a_page_of_shapes_and_bytes(visit, small, width, theme):
     opened = visit(f"{small.as_uri()}/notebooks/two.html", width=width, theme=theme)
-    opened.wait_until_drawn(2)
+    opened.wait_until_drawn(len(NUMBERS))
     assert opened.violations() == []
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
     assert all(
         control.is_visible() for control in opened.page.locator("[data-explorer] .x-control:not([hidden])").all()
     )
+
+
+def test_on_a_page_the_rolling_buffer_steps_as_the_cache_does(visit, home):
+    opened = visit(f"{home}/notebooks/two.html")
+    opened.wait_until_drawn(len(NUMBERS))
+    root = opened.page.locator("[data-explorer=rolling-buffer]")
+    root.get_by_role("button", name="First").click()
+    for step in steps(window=4, n_tokens=12, chunk=3):
+        held = root.locator(".rolling-held").all_inner_texts()
+        assert held == ["–" if position is None else str(position) for position in step.held]
+        opened.page.keyboard.press("ArrowRight")
+    assert opened.strangers == [] and opened.complaints == []
 
 
 def test_on_a_page_the_attention_explorer_opens_heads_shows_weights_and_finds_tokens(visit, home):
@@ -372,6 +391,76 @@ def test_on_a_page_the_attention_explorer_opens_heads_shows_weights_and_finds_to
     root.get_by_label("Find a token").fill("t12")
     assert root.locator(".attention-token.attention-found").count() == 8  # t12, t120 to t126
     assert opened.strangers == [] and opened.complaints == []
+
+
+# ---- the live companion
+
+
+def data_files(opened) -> list[str]:
+    """What a page asked for of its data, in order."""
+    return [url.rsplit("/", 1)[1] for url in opened.requests if "/explorer/data/" in url]
+
+
+def test_on_a_page_the_companion_runs_and_loads_nothing_before_and_nothing_twice(visit, home):
+    opened = visit(f"{home}/notebooks/three.html")
+    opened.wait_until_drawn(1)
+    page = opened.page
+    assert data_files(opened) == [] and page.locator(STILL).is_visible()
+    page.get_by_role("button", name=re.compile("^Run the companion")).click()
+    page.wait_for_selector(".live-maps .attention-title")
+    assert data_files(opened) == list(live.files("companion"))
+    assert not page.locator(STILL).is_visible()
+    for name in ("multi-query", "companion", "multi-query"):
+        page.get_by_role("button", name=re.compile(f"^{name}:")).click()
+        page.wait_for_selector(f"[aria-pressed=true]:text('{name}:')")
+    assert data_files(opened) == [*live.files("companion"), *live.files("multi-query")]
+    page.get_by_role("button", name="Next token").click()
+    page.wait_for_function("document.querySelector('.live-text b').textContent !== ''")
+    assert opened.strangers == [] and opened.complaints == []
+
+
+def test_a_connection_that_breaks_during_loading_is_said_and_the_rest_is_loaded_later(visit, small, server):
+    opened = visit(f"{server(small)}/notebooks/three.html")
+    opened.wait_until_drawn(1)
+    files = list(live.files("companion"))
+    opened.context.route(f"**/{files[4]}", lambda route: route.abort())
+    run = opened.page.get_by_role("button", name=re.compile("^Run the companion"))
+    run.click()
+    opened.page.get_by_role("alert").filter(has_text="What has come is kept").wait_for()
+    assert data_files(opened) == files[:5] and opened.page.locator(STILL).is_visible()
+    opened.context.unroute(f"**/{files[4]}")
+    run.click()
+    opened.page.wait_for_selector(".live-maps .attention-title")
+    assert data_files(opened) == files[:5] + files[4:]
+
+
+def test_a_file_that_never_comes_is_given_up_and_can_be_asked_for_again(visit, small, server):
+    opened = visit(f"{server(small)}/notebooks/three.html")
+    opened.wait_until_drawn(1)
+    files = list(live.files("companion"))
+    opened.page.clock.install()
+    stuck = []
+    opened.context.route(f"**/{files[2]}", lambda route: stuck.append(route))
+    run = opened.page.get_by_role("button", name=re.compile("^Run the companion"))
+    with opened.page.expect_request(f"**/{files[2]}"):
+        run.click()
+    opened.page.clock.run_for(61_000)
+    opened.page.get_by_role("alert").filter(has_text="does not come").wait_for()
+    opened.context.unroute(f"**/{files[2]}")
+    stuck[0].abort()  # else the browser would have the second request wait for the first
+    run.click()
+    opened.page.wait_for_selector(".live-maps .attention-title")
+    assert data_files(opened) == files[:3] + files[2:]
+
+
+@pytest.mark.parametrize("width, theme", [(1280, "dark"), (320, "light")])
+def test_axe_finds_nothing_on_a_page_where_the_companion_runs(visit, small, width, theme):
+    opened = visit(f"{small.as_uri()}/notebooks/three.html", width=width, theme=theme)
+    opened.wait_until_drawn(1)
+    opened.page.get_by_role("button", name=re.compile("^Run the companion")).click()
+    opened.page.wait_for_selector(".live-maps .attention-title")
+    assert opened.violations() == []
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 # ---- the chapters

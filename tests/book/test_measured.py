@@ -6,7 +6,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 from docutils import nodes
-from measured import render, words
+from measured import cell, render, words
 
 SPREAD = {"median": 3.61234, "min": 3.5, "max": 3.7, "repetitions": 15}
 RECORD = {
@@ -34,6 +34,20 @@ def test_numbers_are_written_for_readers():
         "–",
         "123,457",
     ]
+
+
+def test_the_speed_of_a_memory_is_in_gigabytes_a_second():
+    assert cell("read_bytes_per_second", 3.3512e12) == "3,350 GB/s"
+    spread = {"median": 4.2e9, "min": 4e9, "max": 4.5e9, "repetitions": 3}
+    assert cell("bytes_per_second", spread) == "4.2 GB/s (4 GB/s–4.5 GB/s, 3 times)"
+    assert cell("bandwidth", {"read_bytes_per_second": 4e9, "read_by": "sum"}) == (
+        "read bytes per second 4 GB/s, read by sum"
+    )
+    assert cell("bytes", 3_000) == "3,000" and cell("bytes_per_second", None) == "–"
+
+
+def test_a_list_without_items_says_nothing():
+    assert "rows" not in nodes.container("", *render({"script": "gpu", "rows": []})).astext()
 
 
 def test_everything_in_a_record_is_on_the_page():

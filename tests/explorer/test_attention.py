@@ -17,7 +17,7 @@ from attnlab.attention import causal_mask
 from attnlab.errors import CapacityError, ConfigError, InputError, ShapeError
 from attnlab.explorer import attention
 from attnlab.explorer.attention import AttentionExplorer
-from attnlab.record import AttentionRecord
+from attnlab.record import AttentionRecord, decode, encode, sent_cells
 
 MARKUP = "<img src=x onerror=window.ran=1>"
 
@@ -45,7 +45,7 @@ def unpacked(text):
 
 
 def sent(record):
-    return attention.sent_cells(*record.weights.shape[2:], record.causal)
+    return sent_cells(*record.weights.shape[2:], record.causal)
 
 
 # --- bytes
@@ -61,7 +61,7 @@ def test_every_weight_comes_back_within_half_a_level(shape):
     data = attention.payload(record)
     assert len(data["layers"]) == record.weights.shape[0]
     for layer, text in zip(record.weights, data["layers"], strict=True):
-        again = attention.decode(unpacked(text), len(layer), sent(record))
+        again = decode(unpacked(text), len(layer), sent(record))
         assert again.shape == layer.shape
         assert np.abs(again - layer).max() <= 1 / 510 + 1e-9
         assert (again[:, ~sent(record)] == 0).all()
@@ -71,7 +71,7 @@ def test_what_a_sink_leaves_is_as_fine_as_any():
     record = make_record(T=24, sink=14.0)
     first = record.weights[..., 2:, 0].astype(float)
     assert first.min() > 0.9  # nearly all of every row
-    again = attention.decode(unpacked(attention.payload(record)["layers"][0]), 4, sent(record))
+    again = decode(unpacked(attention.payload(record)["layers"][0]), 4, sent(record))
     for h, q in np.ndindex(4, 24):
         rest = record.weights[0, h, q, 1:].astype(float)
         if q and rest.max() > 2**-16:
@@ -81,7 +81,7 @@ def test_what_a_sink_leaves_is_as_fine_as_any():
 
 def test_a_worked_example_in_bytes():
     weights = np.array([[[1, 0], [0.5, 0.5]]], dtype=np.float16)  # one head
-    data = attention.encode(weights, causal_mask(2, 2).numpy())
+    data = encode(weights, causal_mask(2, 2).numpy())
     # row 0: no other key, so the smallest scale; 1 in 255ths. Row 1: 2^(-16/16) is the half; 128 of 255 and all of it
     assert data.tolist() == [255, 255, 16, 128, 255]
 
@@ -89,9 +89,9 @@ def test_a_worked_example_in_bytes():
 def test_a_row_that_sees_no_key_has_no_bytes():
     weights = np.zeros((1, 3, 2), dtype=np.float16)
     weights[0, 1:, 0] = 1
-    data = attention.encode(weights, causal_mask(3, 2).numpy())
+    data = encode(weights, causal_mask(3, 2).numpy())
     assert len(data) == 2 + 3
-    assert (attention.decode(data, 1, causal_mask(3, 2).numpy()) == weights).all()
+    assert (decode(data, 1, causal_mask(3, 2).numpy()) == weights).all()
 
 
 def test_mistral_s_1024_heads_at_24_tokens_take_half_a_megabyte_at_most():

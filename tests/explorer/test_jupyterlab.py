@@ -44,13 +44,18 @@ def lab(tmp_path_factory):
         home / "notebooks" / "all.ipynb",
         v4.new_code_cell(
             "import numpy as np\nimport attnlab\nfrom attnlab import plots\n"
-            "from attnlab.explorer import MemoryExplorer, ShapeExplorer\n"
+            "from attnlab.explorer import MemoryExplorer, RollingBufferExplorer, ShapeExplorer\n"
             "weights = np.full((2, 4, 3, 3), 1 / 3, dtype=np.float16)\n"
             "attnlab.explore(attnlab.AttentionRecord(weights, list('abc'), list('abc'), 2, None, False, 'even'))"
         ),
         v4.new_code_cell("ShapeExplorer(64, 8)"),
         v4.new_code_cell("MemoryExplorer('mistral-7b-v0.1', 'llama-2-7b')"),
+        v4.new_code_cell("RollingBufferExplorer()"),
         v4.new_code_cell("plots.knob(lambda ax, n: ax.plot([0, n]), 'n', [1, 2, 3])"),
+    )
+    write(
+        home / "notebooks" / "companion.ipynb",
+        v4.new_code_cell("from attnlab.explorer import LiveExplorer\nLiveExplorer('def add(a, b):', ('multi-query',))"),
     )
     data = {"text/html": DotProductExplorer().figure_html(), "text/plain": "DotProductExplorer()"}
     output = v4.new_output("execute_result", data=data, execution_count=1)
@@ -117,10 +122,13 @@ def test_the_widget_draws_itself_and_takes_new_data(browser, lab):
 
 
 def test_every_explorer_draws_itself_and_a_knob_turns(browser, lab):
-    page = browser.new_page(viewport={"width": 1280, "height": 4000})  # Lab draws what is in view
+    page = browser.new_page(viewport={"width": 1280, "height": 5000})  # Lab draws what is in view
     strangers = run_all(page, lab, "all.ipynb")
-    for kind in ("attention", "shape", "memory"):
+    for kind in ("attention", "shape", "memory", "rolling-buffer"):
         page.wait_for_selector(f"[data-explorer={kind}][data-ready=true]", timeout=60_000)
+    page.get_by_role("button", name="Forward").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text(".rolling-says").startswith("Position 6 goes to slot 2")
     picture = page.locator("img.widget-image")
     picture.wait_for(timeout=60_000)
     before = picture.get_attribute("src")
@@ -128,6 +136,17 @@ def test_every_explorer_draws_itself_and_a_knob_turns(browser, lab):
     page.keyboard.press("ArrowRight")
     page.wait_for_function("before => document.querySelector('img.widget-image').src !== before", arg=before)
     assert page.inner_text(".widget-slider .widget-readout") == "2"
+    assert strangers == []
+    page.close()
+
+
+def test_the_live_companion_gets_its_weights_from_the_kernel(browser, lab):
+    page = browser.new_page(viewport={"width": 1280, "height": 4000})
+    strangers = run_all(page, lab, "companion.ipynb")
+    page.get_by_role("button", name="Run the multi-query here").click(timeout=60_000)
+    page.wait_for_selector(".live-maps .attention-title", timeout=60_000)
+    page.get_by_role("button", name="Next token").click()
+    page.wait_for_function("document.querySelector('.live-text b').textContent !== ''")
     assert strangers == []
     page.close()
 
