@@ -15,12 +15,11 @@ from attnlab import plots
 from attnlab.attention import causal_mask
 from attnlab.errors import CapacityError, ConfigError, InputError, ShapeError
 from attnlab.explorer.base import Explorer
-from attnlab.record import AttentionRecord
+from attnlab.record import AttentionRecord, encode, sent_cells
 
 MAX_TOKENS = 512  # a label each: more is no map a person reads
 MAX_BYTES = 16_000_000  # of 8-bit weights, before they are compressed
 WHOLE = 400_000  # up to so many bytes the layers come at once and make the thumbnails themselves
-SCALES_PER_HALVING = 16  # row scales are 2^(-byte/16): at most 4.5% above the row's largest weight
 THUMBNAIL = 16  # cells a side, at most, of thumbnails sent beside the layers
 
 
@@ -105,11 +104,6 @@ def visible(record: AttentionRecord) -> np.ndarray:
     return causal_mask(T, S, record.window).numpy() if record.causal else np.ones((T, S), dtype=bool)
 
 
-def sent_cells(T: int, S: int, causal: bool) -> np.ndarray:
-    """(T, S), True where a byte is sent: what a window hides is sent too, as zeros, which compress to nothing."""
-    return causal_mask(T, S).numpy() if causal else np.ones((T, S), dtype=bool)
-
-
 def map_bytes(n_layers: int, n_heads: int, T: int, S: int, causal: bool) -> int:
     """Bytes of all maps before they are compressed: one for every weight that is sent, and one for every row's scale.
 
@@ -164,36 +158,6 @@ def is_cross(record: AttentionRecord) -> bool:
     the last of its keys."""
     queries, keys = list(record.query_tokens), list(record.key_tokens)
     return queries != (keys[-len(queries) :] if record.causal else keys)
-
-
-def encode(weights: Float[np.ndarray, "H T S"], sent: np.ndarray) -> UInt8[np.ndarray, " bytes"]:
-    """One layer's weights as bytes: head by head, row by row, each row its scale and then the keys that ``sent`` keeps.
-
-    The first key's byte is its weight in 255ths. The other keys' are in 255ths of the row's scale, 2^(-byte/16), the
-    smallest that reaches the row's largest weight beside the first key's. So every weight is within 1/510 of the truth,
-    and where a sink takes nearly all, what the row has left is as fine as any: the page can hide the sink and rescale.
-    """
-    H, T, S = weights.shape
-    w = weights.astype(np.float64)
-    largest = np.maximum(w[..., 1:].max(-1, initial=0.0), 2.0**-16)
-    exponents = np.clip(np.floor(-SCALES_PER_HALVING * np.log2(largest)), 0, 255)  # (H, T)
-    scales = np.repeat(np.exp2(-exponents / SCALES_PER_HALVING)[..., None], S, axis=-1)
-    scales[..., 0] = 1.0
-    rows = np.empty((H, T, 1 + S), dtype=np.uint8)
-    rows[..., 0] = exponents
-    rows[..., 1:] = np.minimum(np.rint(255 * w / scales), 255)
-    keep = np.concatenate([sent.any(-1, keepdims=True), sent], axis=-1)  # (T, 1 + S): a row without keys has no scale
-    return rows[:, keep].ravel()
-
-
-def decode(data: UInt8[np.ndarray, " bytes"], n_heads: int, sent: np.ndarray) -> Float[np.ndarray, "H T S"]:
-    """What the page makes of ``encode``'s bytes."""
-    keep = np.concatenate([sent.any(-1, keepdims=True), sent], axis=-1)
-    rows = np.zeros((n_heads, *keep.shape))
-    rows[:, keep] = data.reshape(n_heads, -1)
-    weights = rows[..., 1:] / 255
-    weights[..., 1:] *= np.exp2(-rows[..., :1] / SCALES_PER_HALVING)
-    return weights
 
 
 def packed(data: np.ndarray) -> str:

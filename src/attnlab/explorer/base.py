@@ -26,6 +26,8 @@ from attnlab.errors import InputError
 
 STATIC = files("attnlab.explorer") / "static"
 EXPORT = re.compile(r"^export default ", re.MULTILINE)
+USES = {"live": ("attention",)}  # a kind that draws with another's functions
+WORKERS = {"live": "live_model.js"}  # what a kind runs beside the page
 
 
 @cache
@@ -35,8 +37,15 @@ def source(name: str) -> str:
 
 
 def module(kind: str) -> str:
-    """The ES module of a kind of explorer, as any host can import it: the helpers, then the explorer's own file."""
-    return source("common.js") + "\n" + source(file_name(kind, ".js"))
+    """The ES module of a kind of explorer, as any host can import it: the helpers, then the explorer's own file.
+
+    Between them, the functions of another kind that it draws with, and as a string the source of the worker it starts.
+    """
+    parts = [source("common.js")]
+    parts += [EXPORT.sub("void ", source(file_name(used, ".js"))) for used in USES.get(kind, ())]
+    if worker := WORKERS.get(kind):
+        parts.append(f"const WORKER_SOURCE = {script_json(source(worker))};")
+    return "\n".join([*parts, source(file_name(kind, ".js"))])
 
 
 def file_name(kind: str, suffix: str) -> str:
@@ -46,12 +55,12 @@ def file_name(kind: str, suffix: str) -> str:
 def kinds() -> list[str]:
     """Every kind of explorer there is a module for."""
     names = {file.name.removesuffix(".js") for file in STATIC.iterdir() if file.name.endswith(".js")}
-    return sorted(name.replace("_", "-") for name in names - {"common", "host"})
+    return sorted(name.replace("_", "-") for name in names - {"common", "host", "live_model"})
 
 
 def style_sheet(*kinds: str) -> str:
     """What all explorers share, then what these kinds have of their own."""
-    own = [file_name(kind, ".css") for kind in kinds]
+    own = dict.fromkeys(file_name(used, ".css") for kind in kinds for used in (*USES.get(kind, ()), kind))
     return "\n".join(source(name) for name in ("explorer.css", *own) if (STATIC / name).is_file())
 
 
@@ -69,6 +78,11 @@ def script_json(value: object) -> str:
     """JSON that can stand in a script element: no text in it can end the element, or open a comment."""
     text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def data_script(name: str, text: str) -> str:
+    """A data file, as a classic script that hands its text to the host."""
+    return f"attnlabExplorers.data({script_json(name)}, {script_json(text)});"
 
 
 def small_png(figure: Figure) -> bytes:
@@ -111,6 +125,10 @@ class Explorer(anywidget.AnyWidget):
         """What the still picture shows, in words."""
         raise NotImplementedError
 
+    def files(self) -> dict[str, str]:
+        """Text by file name that the module asks its host for when it is needed: in a saved file it stands beside the data."""
+        return {}
+
     def figure_html(self) -> str:
         """The data and the still picture, without code."""
         picture = base64.b64encode(small_png(self.still())).decode("ascii")
@@ -127,12 +145,13 @@ class Explorer(anywidget.AnyWidget):
         """
         path = Path(path)
         title = html.escape(title or f"attnlab: {self.kind} explorer")
+        data = "".join(f"<script>{data_script(name, text)}</script>\n" for name, text in self.files().items())
         page = (
             f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<style>\n{style_sheet(self.kind)}{PAGE_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n"
             f"{self.figure_html()}\n</main>\n"
-            f"<script>\n{source('host.js')}</script>\n<script>\n{classic(self.kind)}</script>\n</body>\n</html>\n"
+            f"<script>\n{source('host.js')}</script>\n{data}<script>\n{classic(self.kind)}</script>\n</body>\n</html>\n"
         )
         beside = path.with_name(path.name + ".new")
         try:

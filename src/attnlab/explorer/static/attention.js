@@ -30,6 +30,7 @@ export default explorer("attention", ({ data, el }) => attentionExplorer(data, e
 const SCALES = Float32Array.from({ length: 256 }, (_, byte) => 2 ** (-byte / 16) / 255);
 
 async function inflate(text) {
+  if (ArrayBuffer.isView(text)) return text; // never packed
   const stream = new Blob([bytes64(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
@@ -215,7 +216,8 @@ function shown(token) {
 
 // --- the explorer
 
-async function attentionExplorer(data, el) {
+/* view: where the reader stands. live.js draws anew after every token, and hands over the last drawing's. */
+async function attentionExplorer(data, el, view = {}) {
   const { n_layers, n_heads, n_kv_heads, query_tokens, key_tokens, cross } = data;
   const groupSize = n_heads / n_kv_heads;
   const see = limits(data);
@@ -227,7 +229,7 @@ async function attentionExplorer(data, el) {
   let pooled = null; // the thumbnails' bytes, where they came beside the layers
   let map = null; // of the open head
   let closed = false;
-  const state = {
+  const state = Object.assign(view, {
     layer: data.head[0],
     index: data.head[1], // a head, or a K/V head where heads are averaged
     byGroup: false,
@@ -240,7 +242,7 @@ async function attentionExplorer(data, el) {
     whoLooks: false, // at the chosen token; Shift turns it over
     shift: false,
     find: "",
-  };
+  }, { ...view });
 
   const perLayer = () => (state.byGroup ? n_kv_heads : n_heads);
   const kvHead = (index) => (state.byGroup ? index : Math.floor(index / groupSize));
@@ -777,11 +779,11 @@ async function attentionExplorer(data, el) {
   });
   const controls = h("div", { class: "x-row" },
     orders,
-    groupSize > 1 && toggle({ label: "Average the heads that share a K/V head", onInput: average }),
-    S > 1 && toggle({ label: "Hide the first token and rescale", onInput: hideFirst }),
-    toggle({ label: "One scale, 0 to 1, for all heads", onInput: useOneScale }));
+    groupSize > 1 && toggle({ label: "Average the heads that share a K/V head", checked: state.byGroup, onInput: average }),
+    S > 1 && toggle({ label: "Hide the first token and rescale", checked: state.hideFirst, onInput: hideFirst }),
+    toggle({ label: "One scale, 0 to 1, for all heads", checked: state.oneScale, onInput: useOneScale }));
   const questions = h("div", { class: "x-row" },
-    !cross && toggle({ label: "Who looks at it (or hold Shift)", onInput: askWhoLooks }),
+    !cross && toggle({ label: "Who looks at it (or hold Shift)", checked: state.whoLooks, onInput: askWhoLooks }),
     h("label", { class: "x-control" }, "Find a token ", search), found);
 
   /* For paper: dark on white. */

@@ -42,10 +42,11 @@ function broken(el, sentence) {
   el.replaceChildren(h("p", { class: "x-problem", role: "alert" }, sentence));
 }
 
-/** A long string of the data, data[key] or data[key][index]. On a page it may lie in a file, loaded when it is first asked for. */
+/** A long string of the data, data[key] or data[key][index]. On a page it may lie in a file, loaded when it is first asked for;
+    bytes that were made in the page are handed on. */
 async function part(data, key, index) {
   const value = index === undefined ? data[key] : data[key][index];
-  return typeof value === "string" ? value : globalThis.attnlabExplorers.file(value);
+  return typeof value === "string" || ArrayBuffer.isView(value) ? value : globalThis.attnlabExplorers.file(value);
 }
 
 // ---- the document -------------------------------------------------------------------------------------------------

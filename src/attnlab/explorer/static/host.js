@@ -2,6 +2,7 @@
 // It gives each module what a notebook's widget manager would: a model to read, and an element to draw into.
 
 globalThis.attnlabExplorers ??= (() => {
+  const PATIENCE = 60_000; // ms for one file: a connection that is stuck reports no error
   const modules = {}; // kind → { render }
   const arrived = {}; // file name → text, of data files
   const loading = {}; // file name → promise of the text
@@ -21,14 +22,19 @@ globalThis.attnlabExplorers ??= (() => {
   /** The text of a data file: { file, length }. Rejected, in words, if the file is not there or not whole. */
   function file({ file: name, length }) {
     return (loading[name] ??= new Promise((resolve, reject) => {
+      if (arrived[name]?.length === length) return resolve(arrived[name]); // a saved file holds it
+      const script = document.createElement("script");
       const lost = (what) => {
+        clearTimeout(late);
+        script.remove();
         delete loading[name]; // so that a second try can succeed
         reject(new Error(`its data file ${name} ${what}`));
       };
-      const script = document.createElement("script");
+      const late = setTimeout(() => lost("does not come"), PATIENCE);
       script.src = new URL(`data/${name}`, scripts).href;
       script.onerror = () => lost("is missing");
       script.onload = () => {
+        clearTimeout(late);
         script.remove();
         const text = arrived[name];
         delete arrived[name];

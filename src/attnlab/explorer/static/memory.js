@@ -12,12 +12,12 @@ function accounts({ bytes_per_element, quantized, reserve_bytes: RESERVE_BYTES }
 
   const n_params = ({ weights }) => weights.linear + weights.embedding + weights.other;
 
-  /* bits a weight, how many share a scale (null: a row of the matrix), and numbers kept for each scale */
+  /* bits a weight, how many share a scale (null: a row of the matrix), and bytes kept for each scale */
   function linear_bytes(linear, rows, size, quantize) {
     if (!quantize) return linear * size;
     const [bits, sharing, per_scale] = quantized[quantize];
     const scales = sharing === null ? rows : Math.floor(linear / sharing);
-    return Math.floor((linear * bits) / 8) + scales * per_scale * size;
+    return Math.floor((linear * bits) / 8) + scales * per_scale;
   }
 
   function weight_bytes({ weights }, dtype, quantize) {
