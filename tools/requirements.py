@@ -61,7 +61,14 @@ def compile_pins(upgrade: bool) -> dict[str, str]:
             "--no-header",
         ]
         command += ["--no-emit-index-url", "--no-emit-find-links", "--no-emit-trusted-host", "--no-emit-options"]
-        command += ["--extra=serve", "--extra=book", "--extra=test", "--extra=dev", f"--output-file={out}", "pyproject.toml"]
+        command += [
+            "--extra=serve",
+            "--extra=book",
+            "--extra=test",
+            "--extra=dev",
+            f"--output-file={out}",
+            "pyproject.toml",
+        ]
         subprocess.run(command, cwd=ROOT, check=True)
         return parse_pins(out.read_text())
 
