@@ -1,7 +1,5 @@
 """A running service for the tests: the companion behind real HTTP on a port of this machine."""
 
-import time
-
 import httpx
 import pytest
 
@@ -29,10 +27,3 @@ def url(service):
 def http(url):
     with httpx.Client(base_url=f"{url}/client/v4/accounts/me/ai", timeout=60) as client:
         yield client
-
-
-def wait_until(true, seconds=20):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)

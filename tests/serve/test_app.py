@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from conftest import wait_until
+from until import wait_until
 
 import attnlab
 from attnlab.serve import Server

@@ -4,7 +4,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import wait_until
+from until import wait_until
 
 import attnlab
 from attnlab.errors import CapacityError, InputError

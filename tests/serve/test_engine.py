@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import wait_until
+from until import wait_until
 
 import attnlab
 from attnlab.errors import CapacityError, ConfigError, InputError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import wait_until
+from until import wait_until
 
 import attnlab
 
