@@ -25,7 +25,7 @@ from attnlab.convert import align_heads, to_grouped
 from attnlab.errors import CheckpointError
 from attnlab.mistral import Mistral
 from attnlab.training.corpus import Corpus
-from attnlab.training.report import COLD, bits_per_byte, read_file, read_weights
+from attnlab.training.report import COLD, bits_per_byte, held_out, read_weights
 from attnlab.training.run import Recipe, initialise, prepare, share, train
 from attnlab.training.siblings import RECIPE, SIBLINGS
 
@@ -77,9 +77,8 @@ def measure(model: Mistral, n_kv_heads: int, pooling: str, files: list, base: Pa
     return row
 
 
-def held_out(base: Path) -> list:
-    corpus, tokenizer = Corpus.load(base / "corpus.json.gz"), Tokenizer.from_file(str(base / "tokenizer.json"))
-    return [read_file(name, text, tokenizer) for name, text in sorted(corpus.held_out.items())]
+def held_out_files(base: Path) -> list:
+    return held_out(Corpus.load(base / "corpus.json.gz"), Tokenizer.from_file(str(base / "tokenizer.json")))
 
 
 def prepared(base: Path) -> None:
@@ -121,7 +120,7 @@ def quick() -> None:
         initialise(model, 0)
         recipe = replace(UPTRAINING, tokens=128, phases=((1.0, 32, 2),), checkpoints=(64,))
         for asked in runs(config.n_kv_heads):
-            show(measure(model, *asked, held_out(base), base, recipe))
+            show(measure(model, *asked, held_out_files(base), base, recipe))
 
 
 def main() -> int:
@@ -133,7 +132,7 @@ def main() -> int:
     base = HERE.parent / "_build" / "conversion"
     prepared(base)
     model = attnlab.load(MODEL, device="cpu", dtype="float32").model
-    files, rows = held_out(base), []
+    files, rows = held_out_files(base), []
     for asked in runs(model.config.n_kv_heads):
         rows.append(measure(model, *asked, files, base, UPTRAINING))
         show(rows[-1])

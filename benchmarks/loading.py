@@ -24,10 +24,9 @@ from pathlib import Path
 import torch
 from common import keep, options, ratios, script, spread, timed
 from gpu_tools import drop_from_page_cache, file_system, host_bytes_taken, read_all
-from safetensors.torch import save_file
 
 from attnlab import memory
-from attnlab.checkpoint import load_model, stored_name
+from attnlab.checkpoint import load_model, save_model
 from attnlab.errors import AttnlabError, CapacityError
 from attnlab.loading import free_bytes
 from attnlab.mistral import PRESETS, Mistral, MistralConfig
@@ -36,41 +35,22 @@ FULL = PRESETS["mistral-7b-v0.1"]
 TOY = MistralConfig(vocab_size=1000, d_model=256, n_layers=3, n_heads=8, n_kv_heads=2, d_ff=700, name="toy")
 SHARD_BYTES = {FULL: 2_000_000_000, TOY: 3_000_000}
 FRACTION, HOST_BYTES = 0.8, 1.5e9  # the targets
-POOL = 2**24 + 1  # random numbers are dear by the billion; an odd number, so that rows don't repeat each other
+POOL = 2**20  # random numbers are dear by the billion
 
 
 def write_checkpoint(config: MistralConfig, folder: Path, shard_bytes: int) -> list[Path]:
     """Shards, index and config as Hugging Face's folders have them, with one shard in memory at a time; the shards."""
+    pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     with torch.device("meta"):
         model = Mistral(config)
-    shapes = {stored_name(name, "hf"): tensor.shape for name, tensor in model.state_dict().items()}
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():
-        nbytes = 2 * shape.numel()
-        if shards[-1] and size + nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-    pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    files, placed = [], {}
-    for i, names in enumerate(shards, 1):
-        files.append(folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors")
-        tensors = {name: pool.repeat(-(-shapes[name].numel() // POOL))[: shapes[name].numel()] for name in names}
-        save_file({name: t.view(shapes[name]) for name, t in tensors.items()}, files[-1], metadata={"format": "pt"})
-        placed |= dict.fromkeys(names, files[-1].name)
-    total = 2 * sum(shape.numel() for shape in shapes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": placed}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    stored = {
-        "model_type": "mistral", "vocab_size": config.vocab_size, "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads, "head_dim": config.head_dim,
-        "num_key_value_heads": config.n_kv_heads, "intermediate_size": config.d_ff, "sliding_window": config.window,
-        "rope_theta": config.rope_theta, "rms_norm_eps": config.norm_eps,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(stored))
-    return files
+    # a matrix's rows are stretches of the pool, each begun one number further on: none exists until it is written
+    weights = {
+        name: pool.as_strided(t.shape, (1, 1)) if t.dim() == 2 else pool[: t.numel()].clone()
+        for name, t in model.state_dict().items()
+    }
+    model.load_state_dict(weights, assign=True)
+    save_model(model, folder, max_shard_bytes=shard_bytes)
+    return sorted(folder.glob("*.safetensors"))
 
 
 def read_past_the_page_cache(files: list[Path]) -> None:

@@ -121,19 +121,18 @@ def measured(models: dict[str, Mistral], file) -> dict[str, dict]:
     return sums
 
 
-def held_out(run: Path) -> list:
+def held_out_files(run: Path) -> list:
     """The held-out files of a training run. Raises InputError for a folder without one."""
     from tokenizers import Tokenizer as BPE
 
     from attnlab.training.corpus import Corpus
-    from attnlab.training.report import read_file
+    from attnlab.training.report import held_out
 
     if not (run / "corpus.json.gz").is_file():
         raise InputError(
             f"{run} holds no training run: give the folder with its corpus.json.gz, or --sections half full"
         )
-    bpe = BPE.from_file(str(run / "tokenizer.json"))
-    return [read_file(name, text, bpe) for name, text in sorted(Corpus.load(run / "corpus.json.gz").held_out.items())]
+    return held_out(Corpus.load(run / "corpus.json.gz"), BPE.from_file(str(run / "tokenizer.json")))
 
 
 def own_files(n: int) -> list:
@@ -309,7 +308,7 @@ def sections(quick: bool, run: Path | None, repetitions: int) -> dict[str, Calla
         }
     s = replace(full("cpu"), contexts=(128, 2048), steps=16, bandwidth_bytes=1_000_000_000, repetitions=repetitions)
     return {
-        "quality": lambda: quality(held_out(run)),
+        "quality": lambda: quality(held_out_files(run)),
         "half": lambda: half(replace(s, config=HALF, dtype="float32")),
         "full": lambda: full_shape(replace(s, config=PRESETS["mistral-7b-v0.1"], contexts=(128,), steps=8)),
     }

@@ -174,29 +174,23 @@ def test_the_quantize_script_measures_nothing_where_a_model_meets_itself(script)
     assert found["tokens"] == found["same"] == len(file.ids) and found["divergence"] == 0 and found["nats"] > 0
 
 
-def test_the_explorers_script_paints_and_hovers_and_writes_nothing_when_quick():
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("explorers.py", ("8 heads, 8 tokens", "first_paint_ms", "hover_a_token_ms")),
+        ("live.py", ("companion: 5,", "tokens_per_second", "int8 keeps the first choice at")),
+    ],
+)
+def test_a_script_that_drives_a_browser_runs_and_writes_nothing_when_quick(name, words):
     sys.path.insert(0, str(BENCHMARKS.parent / "tools"))
     from chromium import MISSING, find
 
     if find() is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(MISSING)
     before = records()
-    done = run("explorers.py", "--quick")
+    done = run(name, "--quick")
     assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("8 heads, 8 tokens", "first_paint_ms", "hover_a_token_ms"))
-    assert records() == before
-
-
-def test_the_live_script_runs_a_model_and_writes_nothing_when_quick():
-    sys.path.insert(0, str(BENCHMARKS.parent / "tools"))
-    from chromium import MISSING, find
-
-    if find() is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(MISSING)
-    before = records()
-    done = run("live.py", "--quick")
-    assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("companion: 5,", "tokens_per_second", "int8 keeps the first choice at"))
+    assert all(word in done.stdout for word in words)
     assert records() == before
 
 

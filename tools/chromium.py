@@ -6,6 +6,7 @@ Prints its path. Without one it says so in a line, and fails where CI is set. St
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 NAMES = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
@@ -48,13 +49,14 @@ def install(*packages: str) -> None:
             return
 
 
-def main() -> int:
+def provide(find: Callable[[], str | None], missing: str, *packages: str) -> int:
+    """Print what ``find`` finds, after installing the packages if it found nothing; ``missing``, and 1 in CI, if that failed."""
     if find() is None:
-        install("chromium", "fonts-dejavu-core")
+        install(*packages)
     path = find()
-    print(path or MISSING)
+    print(path or missing)
     return 1 if path is None and os.environ.get("CI") else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(provide(find, MISSING, "chromium", "fonts-dejavu-core"))

@@ -3,10 +3,9 @@
 Prints its path. Without one it says so in a line, and fails where CI is set. Standard library only.
 """
 
-import os
 import shutil
 
-from chromium import install
+from chromium import provide
 
 MISSING = "no Node.js for the Worker of chapter 13: install it (Debian, Ubuntu: apt-get install nodejs npm)"
 
@@ -16,13 +15,5 @@ def find() -> str | None:
     return shutil.which("node") if shutil.which("npm") else None
 
 
-def main() -> int:
-    if find() is None:
-        install("nodejs", "npm")
-    path = find()
-    print(path or MISSING)
-    return 1 if path is None and os.environ.get("CI") else 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(provide(find, MISSING, "nodejs", "npm"))

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from attnlab.errors import AttnlabError, ConfigError
-from attnlab.generate import stream
+from attnlab.generate import TextStream, stream
 from attnlab.loading import LanguageModel, load
 from attnlab.mistral import Mistral
 
@@ -83,12 +83,12 @@ def answer(
     room = max_length - max_new_tokens
     if room < 1:
         raise ConfigError(f"max_length={max_length} leaves no room for a prompt beside {max_new_tokens} new tokens")
-    text, data = "", b""
+    text, pieces = "", TextStream(lm.tokenizer, begins=False)
     for id in stream(lm, lm.tokenizer.encode(prompt)[-room:], max_new_tokens, **sampling):
-        data += lm.tokenizer.token_bytes(id)
-        text = data.decode("utf-8", errors="replace")
+        text += pieces.push(id)
         if any(mark in text for mark in until if mark):
             break
+    text += pieces.finish()
     for mark in filter(None, until):
         text = text.split(mark)[0]
     return text

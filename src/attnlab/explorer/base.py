@@ -55,7 +55,8 @@ def file_name(kind: str, suffix: str) -> str:
 def kinds() -> list[str]:
     """Every kind of explorer there is a module for."""
     names = {file.name.removesuffix(".js") for file in STATIC.iterdir() if file.name.endswith(".js")}
-    return sorted(name.replace("_", "-") for name in names - {"common", "host", "live_model"})
+    others = {"common", "host", *(worker.removesuffix(".js") for worker in WORKERS.values())}
+    return sorted(name.replace("_", "-") for name in names - others)
 
 
 def style_sheet(*kinds: str) -> str:

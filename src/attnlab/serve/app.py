@@ -5,7 +5,7 @@ import contextlib
 import hmac
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -128,13 +128,19 @@ class Service:
             self.engine.cancel(answer.job)
         return "".join(parts)
 
-    async def events(self, answer: Answer, event, last: list[dict], after_error) -> AsyncIterator[str]:
-        """Frames as the text comes; the row is freed if the client leaves."""
+    async def events(
+        self,
+        answer: Answer,
+        event: Callable[[str], dict],
+        last: list[Callable[[], dict]],
+        after_error: Callable[[wire.WireError], dict],
+    ) -> AsyncIterator[str]:
+        """Frames as the text comes, then those of ``last``; the row is freed if the client leaves."""
         try:
             while (piece := await answer.next()) is not None:
                 yield wire.frame(event(piece))
             for closing in last:
-                yield wire.frame(closing() if callable(closing) else closing)
+                yield wire.frame(closing())
             yield wire.DONE
         except AttnlabError as error:  # headers are long gone: the stream says it, and ends without [DONE]
             yield wire.frame(after_error(wire.busy(str(error))))

@@ -82,7 +82,7 @@ def report(folder: Path, out: Path, device: str = "cpu", progress: bool = True) 
     step("reading the corpus")
     corpus, bpe = Corpus.load(folder / "corpus.json.gz"), BPE.from_file(str(folder / "tokenizer.json"))
     data = Data(corpus, bpe, Recipe())
-    files = [read_file(name, text, bpe) for name, text in sorted(corpus.held_out.items())]
+    files = held_out(corpus, bpe)
     seen, path = checkpoints[-1]
     finished = folder / "model.safetensors"
     model = read_weights(finished if finished.exists() else path, config, device)
@@ -188,6 +188,11 @@ def read_weights(path: Path, config: MistralConfig, device: torch.device | str =
         weights["lm_head.weight"] = weights["embed.weight"]
     model.load_state_dict(weights)
     return model.to(device).eval()
+
+
+def held_out(corpus: Corpus, bpe: BPE) -> list[File]:
+    """A corpus's held-out files, by name."""
+    return [read_file(name, text, bpe) for name, text in sorted(corpus.held_out.items())]
 
 
 def read_file(name: str, text: str, bpe: BPE) -> File:
