@@ -86,9 +86,8 @@ class Sampler:
         if self.top_k is not None and self.top_k < len(logits):
             least = logits.topk(self.top_k).values[-1]
             logits = logits.masked_fill(logits < least, -math.inf)
-        probabilities = ((logits - logits.max()) / self.temperature).softmax(
-            -1
-        )  # the maximum first: no overflow near 0
+        temperature = max(self.temperature, 1e-30)  # what is smaller would be 0 in float32; the likeliest, all the same
+        probabilities = ((logits - logits.max()) / temperature).softmax(-1)  # the maximum first: no overflow near 0
         if self.top_p < 1:
             likeliest, ids = probabilities.sort(descending=True, stable=True)
             keep = likeliest.cumsum(-1) - likeliest < self.top_p  # also the one that reaches it

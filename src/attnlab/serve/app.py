@@ -197,7 +197,7 @@ def build_app(engine: Engine, token: str | None = None) -> FastAPI:
     class Chat(wire.ChatCompletion):
         model: Annotated[str, Field(json_schema_extra=names)]
 
-    responses = {code: {"description": "an error envelope"} for code in (400, 401, 408, 413, 429)}
+    responses = {code: {"description": "an error envelope"} for code in (400, 401, 404, 405, 408, 413, 429)}
     responses[200] = {"content": {"text/event-stream": {}}, "description": "the answer; with stream, as events"}
 
     @app.post("/client/v4/accounts/{account}/ai/run/{model:path}", responses=responses)

@@ -192,8 +192,8 @@ class Engine:
         """Hand out the job's next id, or its end; True if that was its end."""
         try:
             id = job.sampler(logits[: self.lm.tokenizer.vocab_size])
-        except AttnlabError as error:  # one row's logits, one conversation's end
-            job.deliver(End("error", error))
+        except Exception as error:  # one row's logits, one conversation's end
+            job.deliver(End("error", _told(error)))
             return True
         if id == self.lm.tokenizer.eos_id:
             job.deliver(End("stop"))
@@ -226,12 +226,17 @@ class Engine:
 
     def _give_up(self, error: Exception) -> None:
         """A fault of the model itself: every conversation that was at work ends with it; those that wait go on."""
-        if not isinstance(error, AttnlabError):
-            error = CapacityError(f"the model failed within a step ({type(error).__name__}: {str(error)[:200]})")
         failed = [*self._decoding, *filter(None, [self._prefilling])]
         self._decoding, self._prefilling = [], None
         for job in failed:
-            job.deliver(End("error", error))
+            job.deliver(End("error", _told(error)))
 
     def _tensor(self, ids: list[list[int]]) -> torch.Tensor:
         return torch.tensor(ids, device=self.lm.model.device)
+
+
+def _told(error: Exception) -> AttnlabError:
+    """An error as a client may hear it."""
+    if isinstance(error, AttnlabError):
+        return error
+    return CapacityError(f"the model failed within a step ({type(error).__name__}: {str(error)[:200]})")

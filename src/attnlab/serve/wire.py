@@ -8,7 +8,7 @@ Workers AI: ``workers-ai-models/mistral-7b-instruct-v0.1.json``, ``platform/erro
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, StrictBool, Tag
 
 MAX_CHARACTERS = 131_072  # of a prompt, or of one message
 
@@ -20,6 +20,14 @@ def _a_number(value: Any) -> Any:
 
 
 NUMBER = BeforeValidator(_a_number)
+
+
+def _a_flag(value: Any) -> Any:
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
+# a documented example sends "true"
+Flag = Annotated[StrictBool, BeforeValidator(_a_flag, json_schema_input_type=bool | Literal["true", "false"])]
 
 
 class WireError(Exception):
@@ -55,15 +63,15 @@ def wrong_token() -> WireError:
 
 class Options(BaseModel):
     model_config = ConfigDict(extra="ignore")
-    rejectIfBusy: bool = False
+    rejectIfBusy: Flag = False
 
 
 class _Sampling(BaseModel):
     """Fields of both forms, with the documented ranges and defaults."""
 
     model_config = ConfigDict(extra="ignore")  # as the provider: a field that it doesn't know does nothing
-    stream: bool = False
-    raw: bool = False
+    stream: Flag = False
+    raw: Flag = False
     max_tokens: Annotated[int, Field(ge=1, le=131_072), NUMBER] = 256
     temperature: Annotated[float, Field(ge=0, le=5), NUMBER] = 0.6
     top_p: Annotated[float | None, Field(ge=0, le=2), NUMBER] = None
@@ -107,7 +115,7 @@ Run = Annotated[
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="ignore")
-    include_usage: bool = False
+    include_usage: Flag = False
 
 
 class ChatCompletion(BaseModel):
@@ -116,7 +124,7 @@ class ChatCompletion(BaseModel):
     model_config = ConfigDict(extra="ignore")
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
-    stream: bool = False
+    stream: Flag = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int | None, Field(ge=1, le=131_072), NUMBER] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=131_072), NUMBER] = None
