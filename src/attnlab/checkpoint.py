@@ -29,7 +29,10 @@ import pickle
 import re
 import shutil
 import traceback
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,6 +56,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 _HF_FILE, _HF_INDEX, _NATIVE_FILE = "model.safetensors", "model.safetensors.index.json", "consolidated.safetensors"
 _JSON_LIMIT = 50_000_000  # bytes; the index of a model of a trillion weights has fewer
+_READERS = 2  # tensors read at a time: one waits for the disk while the other is copied
+_READ_BYTES = 16 * 2**20  # asked of the system at a time
 _SIZE_LIMIT = 10_000_000  # no vocabulary, width or window comes near
 _STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -134,6 +139,7 @@ class _StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype | str  # the file's own word for it where it is none of ours
+    offset: int  # of its first byte in a safetensors file
 
     @property
     def nbytes(self) -> int:
@@ -378,11 +384,22 @@ def _header(file: Path) -> list[tuple[str, _StoredTensor]]:
     with _open(file) as content:
         if file.suffix == ".pth":
             known = _STORED_DTYPES.values()
-            found = [(n, t.shape, t.dtype if t.dtype in known else str(t.dtype)) for n, t in content.items()]
+            found = [(n, t.shape, t.dtype if t.dtype in known else str(t.dtype), 0) for n, t in content.items()]
         else:
+            with open(file, "rb") as opened:  # the reader has found it sound, and doesn't say where a tensor begins
+                size = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(size))
             slices = [(name, content.get_slice(name)) for name in content.keys()]  # noqa: SIM118
-            found = [(n, s.get_shape(), _STORED_DTYPES.get(s.get_dtype(), s.get_dtype())) for n, s in slices]
-    return [(name, _StoredTensor(file, tuple(shape), dtype)) for name, shape, dtype in found]
+            found = [
+                (
+                    n,
+                    s.get_shape(),
+                    _STORED_DTYPES.get(s.get_dtype(), s.get_dtype()),
+                    8 + size + header[n]["data_offsets"][0],
+                )
+                for n, s in slices
+            ]
+    return [(name, _StoredTensor(file, tuple(shape), dtype, offset)) for name, shape, dtype, offset in found]
 
 
 def _main_dtype(stored: dict[str, _StoredTensor]) -> torch.dtype:
@@ -408,7 +425,7 @@ def load_model(
     With ``quantize`` its linear weights go straight into 8 or 4 bits, from what is stored, not from its rounding to ``dtype``.
 
     Everything is checked against the config from the files' headers before a byte of weights is read. Then each tensor
-    goes by itself from the mapped file to its place, so that memory beyond the weights is that of one tensor.
+    goes by itself from the file to its place while the next is read, so that memory beyond the weights is that of a few.
 
     Raises:
         CheckpointError: a tensor that is missing, too many, of another shape or not floating-point; a file that is
@@ -441,26 +458,25 @@ def load_model(
 
     total = weight_bytes(config, dtype, quantize)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {config.name}", delay=2, disable=not progress)
-    with bar:
-        for name, shape in wanted.items():
+    sources = [stored_name(name, layout) for name in wanted]
+    with bar, closing(_in_turn(sources, stored, _cached(total, device))) as tensors:
+        for name in wanted:
             try:
-                # The file is opened anew for each tensor: the pages read for it leave this process's memory with it.
-                source = stored_name(name, layout)
-                with _open(stored[source].file) as content:
-                    tensor = content[source] if isinstance(content, dict) else content.get_tensor(source)
-                    heads = _permuted_heads(name, config)
-                    if layout == "mistral" and heads:
-                        tensor = interleaved_to_halves(tensor, heads)
-                    if name in quantized:
-                        placed = QuantizedLinear(tensor, quantize, device)
-                        model.set_submodule(name.removesuffix(".weight"), placed)
-                    else:
-                        placed = torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
-                        _set_parameter(model, name, placed)
-                    del tensor
+                tensor = next(tensors)
+                heads = _permuted_heads(name, config)
+                if layout == "mistral" and heads:
+                    tensor = interleaved_to_halves(tensor, heads)
+                if name in quantized:
+                    placed = QuantizedLinear(tensor, quantize, device)
+                    model.set_submodule(name.removesuffix(".weight"), placed)
+                else:
+                    placed = tensor.to(device, dtype)
+                    _set_parameter(model, name, placed)
+                del tensor
             except (RuntimeError, MemoryError) as error:  # torch's own for "out of memory" is a RuntimeError
                 # A notebook keeps the last traceback, and with it every frame's variables: what was taken goes back now.
-                model = placed = tensor = content = None  # noqa: F841
+                model = placed = tensor = None  # noqa: F841
+                tensors.close()
                 traceback.clear_frames(error.__traceback__)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -474,6 +490,48 @@ def load_model(
         model.lm_head.weight = model.embed.weight
     suit_processor_(model)
     return model.requires_grad_(False).eval() if quantize else model.eval()
+
+
+def _cached(total: int, device: torch.device) -> bool:
+    """Whether the system should keep the files in memory for the next time: not where there is no room for them and the weights."""
+    if not hasattr(os, "posix_fadvise"):
+        return True
+    return (2 if device.type == "cpu" else 1) * total < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _in_turn(names: list[str], stored: dict[str, _StoredTensor], cached: bool) -> Iterator[Tensor]:
+    """The tensors, in order. Two are read at a time, or one while the caller uses what came before."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        waiting: deque = deque()
+        for name in names:
+            # Made here, not in the reader: each thread keeps freed memory to itself.
+            tensor = torch.empty(stored[name].shape, dtype=stored[name].dtype, device=torch.device("cpu"))
+            waiting.append(pool.submit(_read, name, stored[name], tensor, cached))
+            del tensor
+            if len(waiting) == _READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _read(name: str, stored: _StoredTensor, tensor: Tensor, cached: bool) -> Tensor:
+    """``tensor``, with what the file holds. Read, not mapped: where memory is short, mapped pages come at half the disk's speed."""
+    if stored.file.suffix == ".pth":
+        with _open(stored.file) as content:
+            return tensor.copy_(content[name])
+    rest = memoryview(tensor.flatten().view(torch.uint8).numpy())
+    try:
+        with open(stored.file, "rb", buffering=0) as opened:
+            opened.seek(stored.offset)
+            while n := opened.readinto(rest[:_READ_BYTES]):
+                rest = rest[n:]
+            if not cached:  # making room for pages that nobody will find again costs more than the disk
+                os.posix_fadvise(opened.fileno(), stored.offset, stored.nbytes, os.POSIX_FADV_DONTNEED)
+    except OSError as error:
+        raise CheckpointError(f"{stored.file}: cannot be read: {error.strerror or error}") from error
+    if rest:
+        raise CheckpointError(f"{stored.file}: ends within {name}. It may be cut off: download it again")
+    return tensor
 
 
 class _ShapesOnly(TorchFunctionMode):
