@@ -1,7 +1,7 @@
 """Tests that need what a machine may lack are left out where it is missing, and a line at the end says so."""
 
-import importlib.util
 import os
+from importlib.util import find_spec
 
 import pytest
 
@@ -15,10 +15,7 @@ def needs() -> dict[str, tuple[str, bool]]:
             "the weights of Mistral 7B: set ATTNLAB_MISTRAL to their folder",
             bool(os.environ.get("ATTNLAB_MISTRAL")),
         ),
-        "harness": (
-            'the evaluation harness: pip install "lm-eval==0.4.13"',
-            importlib.util.find_spec("lm_eval") is not None,
-        ),
+        "triton": ("Triton, which there is for Linux: pip install triton", find_spec("triton") is not None),
     }
 
 

@@ -17,7 +17,6 @@ from attnlab.generate import generate
 from attnlab.loading import load
 from attnlab.training.report import File, bits_per_byte
 
-harness = pytest.mark.harness
 CODE = "import os\n\n\ndef main(path):\n    for name in os.listdir(path):\n        print(name)\n"
 PROMPTS = (
     "\n\ndef",
@@ -137,7 +136,6 @@ def requests(kind: str, *arguments: tuple) -> list:
     return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
 
 
-@harness
 def test_the_harness_gets_likelihoods_of_text_by_the_models_own_tokens(lm):
     model = harness_model()(lm, batch_size=2)
     asked = [("\n\ndef", " main():"), ("x = [1, 2", "]"), ("", "import os"), ("    return ", "self")]
@@ -149,7 +147,6 @@ def test_the_harness_gets_likelihoods_of_text_by_the_models_own_tokens(lm):
         assert nats == pytest.approx(directly(lm, before, after)[0], abs=1e-3)
 
 
-@harness
 def test_rolling_gives_the_bits_per_byte_of_the_companions_report(lm, held_out):
     ids = lm.tokenizer.encode(held_out, bos=False)[:256]  # one window, as the report cuts them
     text = lm.tokenizer.decode(ids)
@@ -162,7 +159,6 @@ def test_rolling_gives_the_bits_per_byte_of_the_companions_report(lm, held_out):
     assert -nats / math.log(2) / len(text.encode()) == pytest.approx(reported, rel=1e-5)
 
 
-@harness
 def test_rolling_scores_every_token_once_behind_one_of_the_window_before(lm):
     ids = [lm.tokenizer.bos_id, *lm.tokenizer.encode(CODE, bos=False)]
     n = 8
@@ -177,7 +173,6 @@ def test_rolling_scores_every_token_once_behind_one_of_the_window_before(lm):
     assert found == [pytest.approx(expected, abs=1e-2), 0.0]
 
 
-@harness
 def test_the_harness_gets_answers_and_what_attnlab_cannot_do_is_said(lm):
     model = harness_model()(lm, max_length=256)
     asked = [(p, {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}) for p in PROMPTS]
@@ -220,7 +215,6 @@ TASKS = {
 }
 
 
-@harness
 def test_tasks_of_local_files_run_through_the_harness_from_end_to_end(lm, tmp_path):
     texts = ["x = [1, 2, 3", "print(len(name)", 'd = {"a": 1', "for i in range(10)"]
     right = ["]", ")", "}", ":"]

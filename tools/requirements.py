@@ -13,9 +13,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "requirements.txt"
+EXTRAS = ["serve", "book", "test", "eval", "workshop", "dev"]
 HEAD = ["torch", "jupyter-book", "transformers", "matplotlib", "seaborn", "ipywidgets", "nbval"]
 # torch's CUDA build on Linux asks for these; it brings its own where it is wanted, and the CPU build needs none.
-CUDA_ONLY = re.compile(r"^(nvidia-|cuda-|triton$|pytorch-triton)")
+CUDA_ONLY = re.compile(r"^(nvidia-|cuda-|pytorch-triton)")
+LINUX_ONLY = {"triton"}  # there is no wheel for other systems
 INTRO = """\
 # Every package the book, its tests and its tools need, pinned. Compiled from pyproject.toml, which says what each one is
 # for: change it there, then run `make requirements`. Install torch first (tools/environment.py does).
@@ -37,10 +39,14 @@ def render(pins: dict[str, str]) -> str:
     if missing := [name for name in HEAD if name not in pins]:
         raise SystemExit(f"requirements: {', '.join(missing)} must be there, but pyproject.toml does not lead to it")
     rest = sorted(set(pins) - set(HEAD))
+
+    def pin(name: str) -> str:
+        return f"{name}=={pins[name]}" + ("; platform_system == 'Linux'" if name in LINUX_ONLY else "")
+
     lines = ["", "# The book's own packages"]
-    lines += [f"{name}=={pins[name]}" for name in HEAD]
+    lines += [pin(name) for name in HEAD]
     lines += ["", "# What they and the tests stand on"]
-    lines += [f"{name}=={pins[name]}" for name in rest]
+    lines += [pin(name) for name in rest]
     return INTRO + "\n".join(lines) + "\n"
 
 
@@ -61,14 +67,7 @@ def compile_pins(upgrade: bool) -> dict[str, str]:
             "--no-header",
         ]
         command += ["--no-emit-index-url", "--no-emit-find-links", "--no-emit-trusted-host", "--no-emit-options"]
-        command += [
-            "--extra=serve",
-            "--extra=book",
-            "--extra=test",
-            "--extra=dev",
-            f"--output-file={out}",
-            "pyproject.toml",
-        ]
+        command += [*(f"--extra={name}" for name in EXTRAS), f"--output-file={out}", "pyproject.toml"]
         subprocess.run(command, cwd=ROOT, check=True)
         return parse_pins(out.read_text())
 
