@@ -7,7 +7,7 @@ RUN := .venv/bin/python
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book serve lab notebooks test test-long bench requirements clean
+.PHONY: help venv book serve lab notebooks test test-long bench workshop pdf requirements clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,15 +45,23 @@ bench: book ## measure against peers, write benchmarks/results
 	@$(RUN) benchmarks/heads_seeds.py
 	@$(RUN) benchmarks/induction_seeds.py
 	@$(RUN) benchmarks/sharing_seeds.py
+	@$(RUN) benchmarks/latent_seeds.py
 	@$(RUN) benchmarks/siblings.py
 	@$(RUN) benchmarks/window_prefill.py
 	@$(RUN) benchmarks/conversion.py
+	@$(RUN) benchmarks/serving.py
 	@$(RUN) benchmarks/loading.py
 	@$(RUN) benchmarks/quantize.py --sections half full
 	@$(RUN) benchmarks/explorers.py
 	@$(RUN) benchmarks/live.py
 	@$(RUN) benchmarks/waiting.py
 	@if command -v nvidia-smi >/dev/null; then $(RUN) benchmarks/gpu.py; else echo "no GPU here: benchmarks/gpu.py left out"; fi
+
+workshop: venv ## student copies, solutions and slides, into dist/workshop
+	@$(RUN) tools/workshop.py
+
+pdf: book ## the pages as one PDF, into dist
+	@$(RUN) tools/pdf.py
 
 requirements: venv ## compile requirements.txt from pyproject.toml
 	@$(RUN) tools/requirements.py

@@ -1,4 +1,4 @@
-"""Find Node.js, which runs the book's Worker; as root on Debian or Ubuntu, install it if there is none.
+"""Find Node.js, which runs the book's Worker and brings what slides need; as root on Debian or Ubuntu, install it if there is none.
 
 Prints its path. Without one it says so in a line, and fails where CI is set. Standard library only.
 """
@@ -7,7 +7,7 @@ import shutil
 
 from chromium import provide
 
-MISSING = "no Node.js for the Worker of chapter 13: install it (Debian, Ubuntu: apt-get install nodejs npm)"
+MISSING = "no Node.js, for the Worker of chapter 13 and for slides: install it (Debian, Ubuntu: apt-get install nodejs npm)"
 
 
 def find() -> str | None:

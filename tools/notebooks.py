@@ -87,7 +87,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, help="notebooks; all of notebooks/ if none is named")
     os.environ["TQDM_DISABLE"] = "1"  # a bar says how fast a machine is
-    paths = parser.parse_args().files or sorted(NOTEBOOKS.glob("*.ipynb"))
+    paths = parser.parse_args().files or sorted([*NOTEBOOKS.glob("*.ipynb"), *NOTEBOOKS.glob("template/*.ipynb")])
     for number, path in enumerate(paths, 1):
         print(f"[{number}/{len(paths)}] {path.name} …", end=" ", flush=True)
         started = time.monotonic()
