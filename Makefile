@@ -54,6 +54,7 @@ bench: book ## measure against peers, write benchmarks/results
 	@$(RUN) benchmarks/quantize.py --sections half full
 	@$(RUN) benchmarks/explorers.py
 	@$(RUN) benchmarks/live.py
+	@$(RUN) benchmarks/notebook_memory.py
 	@$(RUN) benchmarks/waiting.py
 	@if command -v nvidia-smi >/dev/null; then $(RUN) benchmarks/gpu.py; else echo "no GPU here: benchmarks/gpu.py left out"; fi
 

@@ -297,6 +297,74 @@ def test_doctor_ends_with_1_and_says_what_to_do(capsys, monkeypatch):
     assert "Everything essential works" not in out
 
 
+def test_a_machine_that_is_ready_for_a_workshop_says_so_in_one_line(capsys):
+    code, out, err = run(capsys, "doctor", "--room")
+    assert code == 0, out
+    assert re.fullmatch(
+        r"ready: \d+ cores?, \d+ GB free, (no GPU|Apple GPU|.+ in b?float16), companion \d+ tokens/s, Jupyter yes, "
+        r"browser (yes|no)\n",
+        out,
+    )
+
+
+def broken_companion(*args, **kwargs):
+    from attnlab.errors import CheckpointError
+
+    raise CheckpointError("model.safetensors\nis cut off")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "said"),
+    [
+        (
+            "attnlab._room",
+            "NEEDED",
+            ("torch", "no-such-package"),
+            "no no-such-package here, pip install no-such-package",
+        ),
+        ("attnlab._room", "FREE_MEMORY", 1e18, "GB of memory free, less than 1000000000, close other programs"),
+        ("attnlab._room", "FREE_DISK", 1e18, "GB of disk free for temporary files, free some space"),
+        ("attnlab", "load", broken_companion, "model.safetensors is cut off), pip install --force-reinstall"),
+        ("tempfile", "tempdir", "/no/such/folder", "the temporary folder cannot be written to"),
+    ],
+)
+def test_a_machine_that_is_not_ready_says_what_to_do_in_one_line(capsys, monkeypatch, where, name, value, said):
+    from attnlab import _room
+
+    monkeypatch.setattr(_room, "_jupyter", lambda: "Jupyter yes")  # tested beside this
+    monkeypatch.setattr(f"{where}.{name}", value)
+    code, out, _ = run(capsys, "doctor", "--room")
+    assert code == 1 and out.startswith("not ready: ") and out.count("\n") == 1
+    assert said in out
+
+
+def test_an_attention_kernel_that_is_off_is_noticed(monkeypatch):
+    from attnlab import _room
+
+    right = attnlab.scaled_dot_product_attention
+
+    def off(*args, return_weights=False, **kwargs):
+        return right(*args, return_weights=True, **kwargs) if return_weights else right(*args, **kwargs) + 1e-3
+
+    assert _room._attention() == ""
+    monkeypatch.setattr(attnlab, "scaled_dot_product_attention", off)
+    with pytest.raises(_room.NotReady, match=r"torch's attention is off by 0\.001"):
+        _room._attention()
+
+
+@pytest.mark.parametrize(
+    ("imports", "seconds", "said"),
+    [("import no_such_module", 60, "ModuleNotFoundError"), ("while True: pass", 3, "does not (answer|start)")],
+)
+def test_a_notebook_kernel_that_cannot_use_the_package_is_noticed(monkeypatch, imports, seconds, said):
+    from attnlab import _room
+
+    monkeypatch.setattr(_room, "IN_KERNEL", imports)
+    monkeypatch.setattr(_room, "KERNEL_SECONDS", seconds)
+    with pytest.raises(_room.NotReady, match=said):
+        _room._jupyter()
+
+
 # --- errors
 
 

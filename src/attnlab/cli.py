@@ -368,12 +368,14 @@ def serve(
     max_len: Annotated[int, typer.Option(help="Tokens of one conversation, prompt and answer.")] = 2048,
     device: Device = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
 ) -> None:
     """Serve a model with the API of the announcement (Workers AI), and OpenAI's form of it.
 
     \b
     Examples
       attnlab serve --model companion --port 8000
+      attnlab serve --model mistralai/Mistral-7B-Instruct-v0.3 --quantize int4
       curl http://127.0.0.1:8000/client/v4/accounts/me/ai/run/companion -d '{"prompt": "def add(a, b):", "stream": true}'
 
     Ctrl-C, or SIGTERM, lets answers under way finish (up to 30 seconds) and ends it. Nothing of what is asked is logged.
@@ -381,18 +383,33 @@ def serve(
     import attnlab
     from attnlab.serve import Server
 
-    lm = attnlab.load(model, device=device, dtype=dtype)
+    lm = attnlab.load(model, device=device, dtype=dtype, quantize=quantize)
     server = Server(lm, host, port, token, rows=rows, max_len=max_len)
     print(f"serving {lm!r} at {server.url}", flush=True)
     server.run()
 
 
 @app.command(short_help="Check this machine.")
-def doctor() -> None:
+def doctor(
+    room: Annotated[
+        bool,
+        typer.Option("--room", help="One line to read out before a workshop: ready, or what is wrong and what to do."),
+    ] = False,
+) -> None:
     """Check this machine: versions, processor, memory, GPU, the model that ships, and which models would fit.
 
-    Ends with 0 if everything essential works, with 1 if not, saying what to do.
+    Ends with 0 if everything essential works, with 1 if not, saying what to do. With --room it also starts a notebook kernel,
+    takes under 20 seconds and prints a single line.
     """
+    if room:
+        from attnlab import _room
+
+        with _waiting("checking this machine"):
+            ready, line = _room.check()
+        print(line)
+        if not ready:
+            raise typer.Exit(1)
+        return
     to_do: list[str] = []
     for heading, check in (
         ("software", _software),
