@@ -4,6 +4,7 @@
     decode                 tokens a second at batch 1 after 128 … 32,768 tokens: eager, as a CUDA graph; every key, windowed
     batch                  32, 8 and 1 K/V heads over batch and context, up to the largest batch that fits
     attention              one new token's attention alone: K/V repeated, enable_gqa, grouped; and which kernel ran
+    kernel                 the same by this package's Triton kernel, beside enable_gqa and torch's flash kernel
     transformers           the same weights in transformers, its eager and sdpa attention, side by side with ours
     quantized              decoding with int8 and int4 weights beside bfloat16
     prefill                512 … 16,384 tokens taken in, every key and windowed
@@ -25,7 +26,7 @@ why.
     python benchmarks/gpu.py --dry-run --out FOLDER         the same, and its record, which means nothing
     python benchmarks/gpu.py --model FOLDER                 trained weights instead: see trained.py
 
-It needs torch, transformers, safetensors, einops, jaxtyping and numpy.
+It needs torch, transformers, safetensors, einops, jaxtyping and numpy, and triton, which torch's CUDA build brings.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from common import RESULTS, machine, provenance, ratios, read_record, record_path, spread, timed, wait, write_record
 from gpu_peers import GptFast, logit_difference, transformers_model, transformers_rate
 from gpu_tools import (
@@ -61,6 +63,7 @@ from gpu_tools import (
     toy,
     with_config,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnlab import memory
 from attnlab.attention import scaled_dot_product_attention
@@ -235,19 +238,72 @@ def attention(s: Setting, got: Gathered) -> dict:
     return {"bandwidth": read}
 
 
-def attention_forms(s: Setting, context: int, n_kv_heads: int) -> dict[str, list[Callable[[], torch.Tensor]]]:
+def kernel(s: Setting, got: Gathered) -> dict:
+    """The Triton kernel that the book explains, and what torch has for the same: its own choice, and its flash kernel."""
+    read, _ = measured_bandwidth(s)
+    n = s.config.n_kv_heads
+    for context in s.kernel_contexts:
+        where, calls = f"{context:,} tokens", {}
+        for form in KERNEL_FORMS:  # by itself: a GPU without a flash kernel still times the others
+            made = got.attempt(f"{form}, {where}", attention_forms, s, context, n, partial(kernel_form, form))
+            calls |= made or {}
+        seconds = got.race(s, where, {form: partial(looped, s, made) for form, made in calls.items()})
+        for form, taken in seconds.items():
+            nbytes = 2 * n * context * s.config.head_dim * memory.element_bytes(s.dtype)
+            got.rows.append(
+                {
+                    "what": form,
+                    "n_kv_heads": n,
+                    "context": context,
+                    "microseconds": spread([t * 1e6 for t in taken]),
+                    "cache_bytes": nbytes,
+                    "fraction_of_bandwidth": nbytes / spread(taken)["median"] / read["read_bytes_per_second"],
+                }
+            )
+            if "enable_gqa" in seconds:
+                got.rows[-1]["times_faster_than_enable_gqa"] = ratios(seconds["enable_gqa"], taken)
+        del calls, seconds
+        free()
+    return {"bandwidth": read}
+
+
+KERNEL_FORMS = ("triton", "enable_gqa", "flash")
+
+
+def kernel_form(form: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    from attnlab.triton_decode import decode_attention
+
+    def flash() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    calls = {
+        "triton": lambda: decode_attention(q[:, :, 0], k, v)[:, :, None],
+        "enable_gqa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        "flash": flash,
+    }
+    return {form: calls[form]}
+
+
+def plain_forms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    mask = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
+    return grouped_query_forms(q, k, v) | {"grouped, masked": partial(scaled_dot_product_attention, q, k, v, mask)}
+
+
+def attention_forms(
+    s: Setting, context: int, n_kv_heads: int, forms_of: Callable = plain_forms
+) -> dict[str, list[Callable[[], torch.Tensor]]]:
     """Each form as calls over so many caches that none is left in the chip's own memory from the last time."""
     c, dtype = s.config, getattr(torch, s.dtype)
     q = torch.randn(1, c.n_heads, 1, c.head_dim, dtype=dtype, device=s.device)
-    mask = torch.ones(1, 1, 1, context, dtype=torch.bool, device=s.device)
     cache_bytes = 2 * n_kv_heads * context * c.head_dim * dtype.itemsize
     forms: dict[str, list] = {}
     for _ in range(max(1, s.bandwidth_bytes // 4 // cache_bytes)):
         k, v = torch.randn(2, 1, n_kv_heads, context, c.head_dim, dtype=dtype, device=s.device)
-        made = grouped_query_forms(q, k, v) | {"grouped, masked": partial(scaled_dot_product_attention, q, k, v, mask)}
-        for form, call in made.items():
+        if not forms:
+            expected = scaled_dot_product_attention(q, k, v).float()
+        for form, call in forms_of(q, k, v).items():
             forms.setdefault(form, []).append(call)
-    expected = forms["grouped"][0]().float()
     for form, calls in forms.items():
         apart = (calls[0]().float() - expected).norm() / expected.norm()
         if not apart < 0.05:
@@ -509,6 +565,7 @@ SECTIONS: dict[str, Section] = {
     "decode": Section(decode, 5),
     "batch": Section(batch, 6),
     "attention": Section(attention, 3),
+    "kernel": Section(kernel, 3),
     "transformers": Section(beside_transformers, 4),
     "quantized": Section(quantized, 4),
     "prefill": Section(prefill, 3),
@@ -544,6 +601,7 @@ def verdicts(sections: dict) -> list[dict]:
 
     decoded = rows("decode", "compiled", window=None)
     contexts = sorted({row["context"] for row in decoded}) or [0]
+    longest = max((row["context"] for row in rows("kernel")), default=0)
     static = "times_transformers_static_compiled"
     filled = sections.get("batch", {}).get("equal_memory", [])
     grouped = sorted({row["n_kv_heads"] for row in filled})[1:2]
@@ -551,6 +609,7 @@ def verdicts(sections: dict) -> list[dict]:
     targets = [
         (f"fraction of the bandwidth at {contexts[0]:,} tokens", 0.88, [row["fraction_of_bandwidth"] for row in decoded if row["context"] == contexts[0]]),
         (f"fraction of the bandwidth at {contexts[-1]:,} tokens", 0.80, [row["fraction_of_bandwidth"] for row in decoded if contexts[0] < row["context"] == contexts[-1]]),
+        (f"the Triton kernel, fraction of the bandwidth at {longest:,} tokens", 0.80, [row["fraction_of_bandwidth"] for row in rows("kernel", what="triton", context=longest)]),
         ("times transformers, static and compiled", 1.0, ratio(rows("transformers_compiled"), static, "attnlab")),
         ("int8, times unquantized", 1.48, ratio(rows("quantized", context=few), "times_unquantized", "int8")),
         ("int4, times unquantized", 1.88, ratio(rows("quantized", context=few), "times_unquantized", "int4")),
@@ -601,6 +660,7 @@ def main() -> int:
         return trained.record(args)
     device = args.device or "cuda"
     if args.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: there is no GPU to compile for
         s = toy()
         described = {"gpu": "a dry run at toy size on a CPU", "gpu_bytes": s.limit}
         if args.out and args.out.resolve() == RESULTS:

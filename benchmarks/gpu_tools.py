@@ -37,6 +37,7 @@ class Setting:
     batch_contexts: tuple[int, ...]  # tokens a row, the timed ones included
     batch_steps: int
     attention_contexts: tuple[int, ...]
+    kernel_contexts: tuple[int, ...]
     prefills: tuple[int, ...]
     memory_contexts: tuple[int, ...]
     bandwidth_bytes: int
@@ -74,7 +75,7 @@ def full(device: str) -> Setting:
         PRESETS["mistral-7b-v0.1"], device, "bfloat16",
         contexts=(128, 512, 2048, 4096, 8192, 16_384, 32_768), few_contexts=(128, 8192), steps=128,
         batches=(1, 8, 64), batch_contexts=(1024, 4096, 16_384), batch_steps=16,
-        attention_contexts=(2048, 8192, 32_768), prefills=(512, 2048, 8192, 16_384), memory_contexts=(2048, 8192, 32_768),
+        attention_contexts=(2048, 8192, 32_768), kernel_contexts=(512, 2048, 8192, 32_768), prefills=(512, 2048, 8192, 16_384), memory_contexts=(2048, 8192, 32_768),
         bandwidth_bytes=4_000_000_000, flops_size=8192, shard_bytes=5_000_000_000, repetitions=5,
     )  # fmt: skip
 
@@ -86,7 +87,7 @@ def toy() -> Setting:
     return Setting(
         config, "cpu", "float32",
         contexts=(5, 24), few_contexts=(5, 24), steps=4, batches=(1, 2), batch_contexts=(16, 32), batch_steps=2,
-        attention_contexts=(64,), prefills=(8, 40), memory_contexts=(8, 24),
+        attention_contexts=(64,), kernel_contexts=(128, 512), prefills=(8, 40), memory_contexts=(8, 24),
         bandwidth_bytes=1_000_000, flops_size=64, shard_bytes=200_000, repetitions=2, limit=600_000,
     )  # fmt: skip
 

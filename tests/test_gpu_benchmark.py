@@ -22,7 +22,7 @@ from attnlab.explorer import AttentionExplorer
 
 ROOT = BENCHMARKS.parent
 MODULES = ("common", "gpu", "gpu_peers", "gpu_tools", "trained")
-SECTIONS = {"bandwidth", "decode", "batch", "attention", "transformers", "quantized", "prefill", "loading", "memory",
+SECTIONS = {"bandwidth", "decode", "batch", "attention", "kernel", "transformers", "quantized", "prefill", "loading", "memory",
             "compiled", "transformers_compiled", "gpt_fast"}  # fmt: skip
 
 
@@ -160,6 +160,25 @@ def test_attention_alone_is_measured_in_every_form_and_names_its_kernel(record):
     assert "_scaled_dot_product" in rows["grouped", 2]["kernel"] and rows["matmul", 2]["kernel"] == "matrix products"
     best = max(row["times_faster_than_best_multi_head"]["median"] for (_, n), row in rows.items() if n == 8)
     assert best == 1
+
+
+def test_the_triton_kernel_takes_turns_with_torchs_at_every_length(record):
+    rows = record["sections"]["kernel"]["rows"]
+    forms = ("triton", "enable_gqa", "flash")
+    assert [(row["context"], row["what"]) for row in rows] == [(S, form) for S in (128, 512) for form in forms]
+    assert all(row["cache_bytes"] == 2 * 2 * row["context"] * 8 * 4 and row["n_kv_heads"] == 2 for row in rows)
+    assert all(row["fraction_of_bandwidth"] > 0 for row in rows)
+    assert [row["times_faster_than_enable_gqa"]["median"] for row in rows[1::3]] == [1, 1]
+    verdict = next(v for v in record["verdicts"] if "Triton" in v["what"])
+    assert verdict["what"].endswith("at 512 tokens") and verdict["target"] == 0.8
+
+
+def test_another_forms_numbers_are_never_timed_for_attentions(gpu):
+    def wrong(q, k, v):
+        return {"wrong": lambda: 2 * gpu.scaled_dot_product_attention(q, k, v)}
+
+    with pytest.raises(RuntimeError, match="wrong gives other numbers"):
+        gpu.attention_forms(gpu.toy(), 8, 2, wrong)
 
 
 def test_quantized_weights_take_the_bytes_that_memory_counts(record):
