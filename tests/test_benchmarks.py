@@ -56,6 +56,15 @@ def records() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (BENCHMARKS / "results").glob("*")}
 
 
+def test_the_memory_of_a_notebook_is_seen_even_if_it_is_held_for_a_moment():
+    before = records()
+    done = run("notebook_memory.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    held = int(done.stdout.split()[1].replace(",", ""))  # 300 MB, and the kernel itself
+    assert 300e6 < held < 1e9
+    assert records() == before
+
+
 def test_the_waiting_script_measures_the_import_and_writes_nothing_when_quick():
     before = records()
     done = run("waiting.py", "--quick")
@@ -70,6 +79,7 @@ def test_the_waiting_script_measures_the_import_and_writes_nothing_when_quick():
         ("heads_seeds.py", ["32 heads of 16"]),
         ("induction_seeds.py", ["every branch ran"]),
         ("sharing_seeds.py", ["four tables", "one table", "8 heads of 64 on 1"]),
+        ("latent_seeds.py", ["128 numbers a token in K/V heads", "128 numbers a token in latent"]),
     ],
 )
 def test_a_script_for_many_seeds_runs_every_setting_and_writes_nothing_when_quick(script, settings):
@@ -172,6 +182,14 @@ def test_the_quantize_script_measures_nothing_where_a_model_meets_itself(script)
     (file,) = quantize.own_files(1)
     found = quantize.measured({"exact": lm.model, "itself": lm.model}, file)["itself"]
     assert found["tokens"] == found["same"] == len(file.ids) and found["divergence"] == 0 and found["nats"] > 0
+
+
+def test_the_serving_script_measures_a_service_and_writes_nothing_when_quick():
+    before = records()
+    done = run("serving.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    assert "companion        1 streams" in done.stdout and "companion        4 streams" in done.stdout
+    assert records() == before
 
 
 @pytest.mark.parametrize(

@@ -565,3 +565,21 @@ def test_operations_that_cannot_be_counted_are_refused():
 def test_a_cards_operations_have_a_source_and_a_ridge_far_above_one():
     for card in memory.CARDS.values():
         assert card.flops is None or (card.flops_source and 100 < card.flops / card.bandwidth < 1000)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_int8_caches_have_the_bytes_of_the_account(window):
+    config = MistralConfig(
+        vocab_size=11, d_model=16, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=8, head_dim=6, window=window
+    )
+    cache = Mistral(config).new_cache(2, 20, quantize="int8")
+    assert cache.nbytes == memory.kv_cache_bytes(config, 20, 2, quantize_cache="int8")
+    assert memory.kv_bytes_per_token(config, quantize_cache="int8") == 3 * 2 * 2 * (6 + 2)
+    assert memory.kv_bytes_per_token(V02, quantize_cache="int8") == 130 / 256 * memory.kv_bytes_per_token(V02)
+
+
+def test_a_cache_is_quantized_to_int8_or_not_at_all():
+    with pytest.raises(ConfigError, match="'int8' or not at all; got 'int4' for mistral"):
+        memory.kv_bytes_per_token(V02, quantize_cache="int4")
+    with pytest.raises(ConfigError, match="caches a latent"):
+        memory.kv_cache_bytes("deepseek-v2", 10, quantize_cache="int8")

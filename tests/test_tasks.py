@@ -177,6 +177,17 @@ def test_sharing_takes_parameters_from_keys_and_values_alone():
     assert tables[1] - tables[0] == (8 + 4) * 32  # the second table's keys and values
 
 
+def test_heads_fetch_from_two_tables_out_of_a_latent_and_only_its_own_matrices_differ_in_number():
+    how = TOY | {"n_heads": 4, "head_dim": 4, "n_wanted": 2, "n_tables": 2}
+    fetched = tasks.learn_to_fetch(d_latent=16, **how | {"steps": 500})
+    assert fetched.accuracy.min() > 0.9 and fetched.share.shape == (4, 2)
+    plain = tasks.learn_to_fetch(**how | {"steps": 1})
+    made_of_x, made_of_a_latent = 2 * 32 * 16, 32 * 16 + 2 * 16 * 16 + 16  # W_K, W_V; down, up twice, gain
+    assert fetched.n_parameters - plain.n_parameters == made_of_a_latent - made_of_x
+    with pytest.raises(ConfigError, match="leave n_kv_heads out; got 2"):
+        tasks.learn_to_fetch(d_latent=16, n_kv_heads=2, **how)
+
+
 def test_tables_are_one_or_as_many_as_wishes():
     with pytest.raises(ConfigError, match="n_tables is 1 or n_wanted=4"):
         tasks.learn_to_fetch(4, 4, n_tables=2, **TOY)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from attnlab.attention import check_window
+from attnlab.cache import packed_bytes
 from attnlab.errors import CapacityError, ConfigError
 from attnlab.layers import check_heads
 from attnlab.mistral import PRESETS, MistralConfig
@@ -416,22 +417,31 @@ def weight_bytes(model: Model, dtype: str | torch.dtype = "bfloat16", quantize: 
     return (weights.embedding + weights.other) * size + _linear_bytes(weights, size, quantize)
 
 
-def kv_bytes_per_token(model: Model, dtype: str | torch.dtype = "float16") -> int:
+def kv_bytes_per_token(model: Model, dtype: str | torch.dtype = "float16", *, quantize_cache: str | None = None) -> int:
     """Bytes that one more token adds to the cache, as long as no layer's window is full.
+
+    ``quantize_cache="int8"``: as a ``QuantizedKVCache`` keeps them, whatever the dtype.
 
     >>> kv_bytes_per_token("llama-2-7b") // kv_bytes_per_token("mistral-7b-v0.1")
     4
     """
     shape = as_shape(model)
-    return shape.n_layers * shape.elements_per_token * element_bytes(dtype)
+    return shape.n_layers * _token_bytes(shape, dtype, quantize_cache)
 
 
 def kv_cache_bytes(
-    model: Model, context: int, batch: int = 1, dtype: str | torch.dtype = "float16", *, rolling: bool = True
+    model: Model,
+    context: int,
+    batch: int = 1,
+    dtype: str | torch.dtype = "float16",
+    *,
+    rolling: bool = True,
+    quantize_cache: str | None = None,
 ) -> int:
     """Bytes of the cache for ``batch`` rows of ``context`` tokens: the ``nbytes`` of ``model.new_cache(batch, context)``.
 
     A layer with a window keeps no more than the window; ``rolling=False`` keeps everything and only masks.
+    ``quantize_cache`` as in ``kv_bytes_per_token``.
 
     >>> kv_cache_bytes("mistral-7b-v0.1", 32_768) * 8 == kv_cache_bytes("mistral-7b-v0.2", 32_768) == 4 * 2**30
     True
@@ -440,7 +450,7 @@ def kv_cache_bytes(
     _check_count("context", context)
     _check_count("batch", batch)
     slots = sum(min(context, window) if rolling and window else context for window in shape.windows)
-    return batch * slots * shape.elements_per_token * element_bytes(dtype)
+    return batch * slots * _token_bytes(shape, dtype, quantize_cache)
 
 
 def eager_map_bytes(
@@ -944,6 +954,18 @@ def _dtype_name(dtype: str | torch.dtype) -> str:
     if name not in BYTES_PER_ELEMENT:
         raise ConfigError(f"unknown dtype {name!r}; there are {', '.join(BYTES_PER_ELEMENT)}")
     return name
+
+
+def _token_bytes(shape: ModelShape, dtype: str | torch.dtype, quantize_cache: str | None) -> int:
+    """Bytes of one token in one layer's cache."""
+    if quantize_cache is None:
+        return shape.elements_per_token * element_bytes(dtype)
+    if quantize_cache != "int8" or shape.latent_dim is not None:
+        raise ConfigError(
+            f"a cache of keys and values is quantized to 'int8' or not at all; got {quantize_cache!r} for {shape.name}, "
+            f"which caches {'a latent' if shape.latent_dim is not None else 'keys and values'}"
+        )
+    return 2 * shape.n_kv_heads * packed_bytes(shape.head_dim)
 
 
 def _linear_bytes(weights: Weights, size: int, quantize: str | None) -> int:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attnlab.attention import check_window
-from attnlab.cache import KVCache, RollingKVCache
+from attnlab.cache import KVCache, QuantizedKVCache, QuantizedRollingKVCache, RollingKVCache
 from attnlab.errors import CapacityError, ConfigError, InputError, ShapeError
 from attnlab.layers import GroupedQueryAttention, RMSNorm, TransformerBlock, check_heads
 from attnlab.rotary import rotary_angles
@@ -157,17 +157,27 @@ class Mistral(nn.Module):
         static: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        quantize: str | None = None,
     ) -> KVCache:
         """An empty cache of the model's shape, dtype and device.
 
         With a window it keeps the last ``window`` tokens and takes any number; ``rolling=False`` keeps all of them and
         only masks. ``max_len`` is needed where everything is kept; a ``max_len`` within the window needs no rolling.
+        ``quantize="int8"`` keeps keys and values in 8 bits (``QuantizedKVCache``).
         """
         c = self.config
-        dtype, device = dtype or self.dtype, device or self.device
-        common = {"dtype": dtype, "device": device, "static": static}
+        common = {"device": device or self.device, "static": static}
+        if quantize is None:
+            whole, last = KVCache, RollingKVCache
+            common["dtype"] = dtype or self.dtype
+        elif quantize == "int8" and dtype is None:
+            whole, last = QuantizedKVCache, QuantizedRollingKVCache
+        else:
+            raise ConfigError(
+                f"a cache is kept in a dtype, or quantized to 'int8'; got dtype={dtype} and quantize={quantize!r}"
+            )
         if rolling and c.window is not None and (max_len is None or max_len > c.window):
-            return RollingKVCache(c.n_layers, batch, c.n_kv_heads, c.head_dim, c.window, **common)
+            return last(c.n_layers, batch, c.n_kv_heads, c.head_dim, c.window, **common)
         if max_len is None:
             raise CapacityError("this cache keeps every token, so it must know how many will come: pass max_len")
-        return KVCache(c.n_layers, batch, c.n_kv_heads, c.head_dim, max_len, c.window, **common)
+        return whole(c.n_layers, batch, c.n_kv_heads, c.head_dim, max_len, c.window, **common)

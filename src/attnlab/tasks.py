@@ -14,6 +14,7 @@ from tqdm import tqdm
 from attnlab import heads
 from attnlab.errors import ConfigError
 from attnlab.heads import HeadScores
+from attnlab.latent import LatentAttention
 from attnlab.layers import GroupedQueryAttention, RMSNorm
 from attnlab.mistral import Mistral, MistralConfig
 
@@ -326,7 +327,7 @@ class Fetched:
     accuracy: Float[np.ndarray, " n_wanted"]  # share of right values, for each of the wanted things
     share: Float[np.ndarray, "H n_wanted"]  # weight that a head puts on the place of each wanted thing, mean
     n_parameters: int
-    layer: GroupedQueryAttention
+    layer: GroupedQueryAttention | LatentAttention
 
 
 def learn_to_fetch(
@@ -342,6 +343,7 @@ def learn_to_fetch(
     n_values: int = 16,
     n_kv_heads: int | None = None,
     n_tables: int = 1,
+    d_latent: int | None = None,
 ) -> Fetched:
     """Train one attention layer in which every token needs ``n_wanted`` things from as many places at once.
 
@@ -356,11 +358,14 @@ def learn_to_fetch(
         n_kv_heads: key/value heads that the ``n_heads`` query heads share; as many as those if not given.
         n_tables: 1, or ``n_wanted``. Then a place holds a key and a value of each of that many tables, their keys in
             an order of their own, and the first wish is looked up in the first table, the second in the second.
+        d_latent: numbers of a latent from which every head makes its keys and values (chapter 15); not with ``n_kv_heads``.
 
-    Raises ConfigError for another number of tables.
+    Raises ConfigError for another number of tables, or a latent together with ``n_kv_heads``.
     """
     if n_tables not in (1, n_wanted):
         raise ConfigError(f"n_tables is 1 or n_wanted={n_wanted}, a table for each wish; got {n_tables}")
+    if d_latent is not None and n_kv_heads is not None:
+        raise ConfigError(f"a latent is shared by all heads: leave n_kv_heads out; got {n_kv_heads}")
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0) -> nn.Parameter:
@@ -369,10 +374,13 @@ def learn_to_fetch(
     key = normal(n_tables, n_keys, d_model, std=n_tables**-0.5)
     value = normal(n_tables, n_values, d_model, std=n_tables**-0.5)
     wish = normal(n_wanted, n_keys, d_model, std=n_wanted**-0.5)
-    layer = GroupedQueryAttention(d_model, n_heads, n_kv_heads, head_dim, causal=False)
+    if d_latent is None:
+        layer = GroupedQueryAttention(d_model, n_heads, n_kv_heads, head_dim, causal=False)
+    else:
+        layer = LatentAttention(d_model, n_heads, d_latent, 0, head_dim, causal=False)
     read = nn.Linear(d_model, n_wanted * n_values, bias=False)
     matrices = [*layer.parameters(), *read.parameters()]
-    for matrix in matrices:
+    for matrix in (m for m in matrices if m.dim() == 2):  # not a gain, which starts at 1
         nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5, generator=g)
     parameters = [key, value, wish, *matrices]
     optimizer = torch.optim.Adam(parameters, lr=lr)
