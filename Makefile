@@ -66,6 +66,7 @@ pdf: book ## the pages as one PDF, into dist
 
 requirements: venv ## compile requirements.txt from pyproject.toml
 	@$(RUN) tools/requirements.py
+	@$(RUN) tools/licences.py
 
 clean: ## remove what make made, .venv included
 	rm -rf _build .venv .pytest_cache .ruff_cache .hypothesis src/*.egg-info

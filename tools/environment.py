@@ -72,3 +72,5 @@ if __name__ == "__main__":
         raise SystemExit(
             f"environment: {' '.join(map(str, error.cmd))} failed; run it again, it starts where it must"
         ) from None
+    except OSError as error:  # a full disk, mostly
+        raise SystemExit(f"environment: {error}; run it again, it starts where it must") from None

@@ -1,16 +1,47 @@
-"""What the stock pages lack for those who don't see them: checked by axe-core in tests/book.
+"""What the stock pages lack for those who don't see them, or run no scripts: checked by axe-core in tests/book and tests/trust.
 
 - A table written without a head (`| | |` in Markdown) has no row of empty head cells.
-- A table that scrolls inside itself on a narrow screen can be reached, and so scrolled, by keyboard.
+- A table that scrolls inside itself on a narrow screen can be reached, and so scrolled, by keyboard; code that was folded, too.
 - The sidebar, its logo included, is one landmark.
+- A button that shows words is called by them.
+- What the bibliography lists are items of a list (the role that docutils gives them is out of use).
+- A signature's parameters are a list, not definitions of nothing.
+- Without scripts a page is light, and says what is missing. (With them the theme's first script decides.)
+- The page that leads to the first one has a language, a title and a link.
 """
 
+import re
+from html import escape
 from pathlib import Path
 
 from docutils import nodes
 from sphinx.application import Sphinx
 
 SIDEBAR = '<div class="bd-sidebar-primary bd-sidebar"'
+SEARCH = 'search-button-field search-button__button" title="Search"'
+PARAMETERS = re.compile(r'(<span class="sig-paren">[(\[]</span>\s*)<dl>(.*?)</dl>', re.DOTALL)
+ARTICLE = re.compile(r'<article class="bd-article"[^>]*>')
+NEEDS_SCRIPTS = ('class="math notranslate', 'class="attnlab-explorer"')
+WITHOUT_SCRIPTS = (
+    '<noscript><p class="without-scripts">This page shows formulas as their TeX source, and pictures in place of what moves, '
+    "since scripts are switched off.</p></noscript>"
+)
+# The theme sees what scrolls when a page is loaded or resized; what is folded then scrolls later.
+UNFOLDED = "<script>addEventListener('toggle', () => dispatchEvent(new Event('resize')), true);</script>"
+REFRESH = re.compile(r'\s*<meta http-equiv="Refresh" content="0; url=([^"]+)" />\s*')
+FIRST_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Refresh" content="0; url={url}" />
+<title>{title}</title>
+</head>
+<body>
+<main><h1>{title}</h1><p><a href="{url}">To the first page</a></p></main>
+</body>
+</html>
+"""
 
 
 def drop_empty_heads(app: Sphinx, doctree: nodes.document, docname: str) -> None:
@@ -19,17 +50,40 @@ def drop_empty_heads(app: Sphinx, doctree: nodes.document, docname: str) -> None
             head.parent.remove(head)
 
 
+def listed(found: re.Match) -> str:
+    items = found[2].replace("<dd>", "<li>").replace("</dd>", "</li>")
+    return f'{found[1]}<ul class="sig-parameters">{items}</ul>'
+
+
+def accessible(page: str, title: str) -> str:
+    """A page as Sphinx wrote it, mended."""
+    if found := REFRESH.fullmatch(page):
+        return FIRST_PAGE.format(url=found[1], title=escape(title))
+    page = page.replace(f"{SIDEBAR}>", f'{SIDEBAR} role="navigation" aria-label="The book">')
+    for scrolls in ('<table class="table"', '<div class="pst-scrollable-table-container"'):
+        page = page.replace(f"{scrolls}>", f'{scrolls} tabindex="0">')
+    page = page.replace('<summary aria-label="Toggle hidden content">', "<summary>")
+    page = page.replace('data-theme="auto">', 'data-theme="light">', 1)
+    page = page.replace(f'{SEARCH} aria-label="Search"', SEARCH)
+    page = page.replace('role="doc-biblioentry"', 'role="listitem"')
+    page = PARAMETERS.sub(listed, page)
+    if "<details" in page and UNFOLDED not in page:
+        page = page.replace("</body>", f"{UNFOLDED}\n</body>")
+    if WITHOUT_SCRIPTS not in page and any(mark in page for mark in NEEDS_SCRIPTS):
+        page = ARTICLE.sub(lambda found: f"{found[0]}\n{WITHOUT_SCRIPTS}", page, count=1)
+    return page
+
+
 def finish_pages(app: Sphinx, exception: Exception | None) -> None:
     if exception is None:
-        for page in Path(app.outdir).rglob("*.html"):
-            before = page.read_text(encoding="utf-8")
-            text = before.replace(f"{SIDEBAR}>", f'{SIDEBAR} role="navigation" aria-label="The book">')
-            text = text.replace('<table class="table">', '<table class="table" tabindex="0">')
-            if text != before:
-                page.write_text(text, encoding="utf-8")
+        for path in Path(app.outdir).rglob("*.html"):
+            before = path.read_text(encoding="utf-8")
+            if (page := accessible(before, app.config.html_title)) != before:
+                path.write_text(page, encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict:
+    app.setup_extension("policy")
     app.connect("doctree-resolved", drop_empty_heads)
-    app.connect("build-finished", finish_pages)
+    app.connect("build-finished", finish_pages, priority=800)  # the first page's address is written at 500
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -4,12 +4,12 @@
 - Every figure says in words what it shows; one that doesn't fails the build.
 - A figure is fetched when the reader comes near it.
 - No "live code" scripts, which would point at another host.
-- In a fork's CI, links to the fork's own repository.
+- Buttons that lead to where a notebook runs (ways_in), words of the glossary explained where they stand (glossary_terms).
+- A page in its dark theme is printed in its light one.
 - No hints to fetch fonts early, which a browser refuses on a page opened from a folder.
 - `.nojekyll`, so that GitHub Pages serves folders whose names begin with an underscore.
 """
 
-import os
 import re
 import shutil
 from importlib import metadata
@@ -54,14 +54,6 @@ def leave_out_thebe_styles(app: Sphinx, pagename: str, template: str, context: d
     context["css_files"] = [css for css in context["css_files"] if "sphinx-thebe" not in str(css)]
 
 
-def link_repository(app: Sphinx, config) -> None:
-    """GitHub's CI says whose repository it builds."""
-    if repository := os.environ.get("GITHUB_REPOSITORY"):
-        server = os.environ.get("GITHUB_SERVER_URL", "https://github.com")
-        config.html_theme_options["repository_url"] = f"{server}/{repository}"
-        config.html_theme_options["use_repository_button"] = True
-
-
 def says_what_it_shows(alt: str, uri: str) -> bool:
     """A file's name, or nothing, is what tools put where an author wrote no alternative text."""
     alt = alt.strip()
@@ -103,9 +95,10 @@ def finish_pages(app: Sphinx, exception: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict:
-    app.setup_extension("measured")
+    for extension in ("measured", "ways_in", "glossary_terms"):
+        app.setup_extension(extension)
+    app.add_js_file("print.js")
     app.config.mathjax_path = f"{MATHJAX_FOLDER}/tex-mml-chtml.js"
-    app.connect("config-inited", link_repository)
     app.connect("builder-inited", silence_thebe)
     app.connect("builder-inited", bring_mathjax)
     app.connect("html-page-context", leave_out_thebe_styles)
