@@ -1,12 +1,22 @@
 """cache.py: what is kept, where, and what a query may see of it; at and around the window."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attnlab
 from attnlab import KVCache, Mistral, MistralConfig, RollingKVCache
 from attnlab.attention import causal_mask
+from attnlab.cache import (
+    QuantizedKVCache,
+    QuantizedRollingKVCache,
+    packed_bytes,
+    quantize_heads,
+    restore_heads,
+)
 from attnlab.errors import CapacityError, ConfigError, ShapeError
 
 W = 4
@@ -188,3 +198,94 @@ def test_rows_at_the_front_step_alone_and_a_moved_row_goes_on_where_it_was(kind)
     for wrong in (0, 4):
         with pytest.raises(ShapeError):
             cache.front(wrong)
+
+
+QUANTIZED_KINDS = [{"quantize": "int8", **kind} for kind in KINDS]
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([1e-30, 1e-3, 1.0, 1e4]))
+@settings(deadline=None, max_examples=60)
+def test_no_number_is_further_off_than_half_the_scale_of_its_head(head_dim, seed, size):
+    x = torch.randn(3, 2, 5, head_dim, generator=torch.Generator().manual_seed(seed)) * size
+    packed = quantize_heads(x)
+    assert packed.dtype == torch.int8 and packed.shape[-1] == packed_bytes(head_dim) == head_dim + 2
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    assert ((restore_heads(packed) - x).abs() <= 0.51 * scale).all()  # the scale itself is rounded by up to 2^-9
+
+
+def test_zeros_and_the_largest_numbers_survive_packing():
+    assert torch.equal(restore_heads(quantize_heads(torch.zeros(2, 8))), torch.zeros(2, 8))
+    x = torch.tensor([[3e38, -1e38, 0.0], [0.0, 0.0, -127.0]])
+    restored = restore_heads(quantize_heads(x))
+    assert restored.isfinite().all() and (restored / x.abs().amax(-1, keepdim=True))[:, [0, 2]].abs().max() <= 1.01
+    assert restored[1].tolist() == [0.0, 0.0, -127.0]
+    assert restore_heads(quantize_heads(torch.ones(4, dtype=torch.bfloat16)), torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
+@torch.no_grad()
+def test_in_int8_chunks_and_one_pass_see_the_same_numbers(kind):
+    m = model()
+    ids = torch.randint(0, 31, (2, 13), generator=torch.Generator().manual_seed(4))
+    whole, _ = chunked(m, ids, [13], **kind)
+    for sizes in ([1] * 13, [3, 4, 6], [W, W + 1, 4]):
+        got, cache = chunked(m, ids, sizes, **kind)
+        torch.testing.assert_close(got, whole, atol=1e-3, rtol=0)  # a number may round the other way
+        assert cache.k.dtype == torch.int8
+    exact = m(ids)
+    assert 2e-3 < (whole - exact).abs().max() < 0.05 * exact.abs().max()  # rounded, and not by much
+
+
+@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
+@torch.no_grad()
+def test_rows_in_int8_are_filled_moved_and_decoded_as_any_others(kind):
+    m = model()
+    ids = torch.randint(0, 31, (3, 12), generator=torch.Generator().manual_seed(5))
+    cache = m.new_cache(3, 64, **kind)
+    for i, length in enumerate((5, 9, 2)):
+        m(ids[i : i + 1, :length], cache.row(i))
+
+    def alone(i, length):
+        return chunked(m, ids[i : i + 1, :length], [length - 1, 1], **kind)[0][0, -1:]
+
+    stepped = m(torch.stack([ids[0, 5:6], ids[1, 9:10]]), cache.front(2))
+    torch.testing.assert_close(stepped[0], alone(0, 6), atol=1e-3, rtol=0)
+    torch.testing.assert_close(stepped[1], alone(1, 10), atol=1e-3, rtol=0)
+    cache.move_row(2, 0)
+    stepped = m(ids[2:, 2:3], cache.front(1))
+    torch.testing.assert_close(stepped[0], alone(2, 3), atol=1e-3, rtol=0)
+
+
+def test_an_int8_cache_has_a_byte_for_each_number_and_two_for_each_scale():
+    m = model()
+    rolling, whole = m.new_cache(2, 64, quantize="int8"), m.new_cache(2, 64, rolling=False, quantize="int8")
+    assert type(rolling) is QuantizedRollingKVCache and type(whole) is QuantizedKVCache
+    assert rolling.nbytes == 2 * 2 * 2 * 2 * W * (4 + 2)  # k and v, layers, batch, K/V heads, slots, head_dim and scale
+    assert whole.nbytes == 2 * 2 * 2 * 2 * 64 * (4 + 2)
+    assert rolling.max_len is None and rolling.slots == W and whole.max_len == 64
+    assert "int8" in repr(rolling) and f"{rolling.nbytes:,} bytes" in repr(rolling)
+
+
+def test_a_quantized_cache_refuses_what_it_cannot_be():
+    m = model()
+    for wrong in ({"quantize": "int3"}, {"quantize": "int8", "dtype": torch.float16}):
+        with pytest.raises(ConfigError, match="quantized to 'int8'"):
+            m.new_cache(1, 8, **wrong)
+    with pytest.raises(ConfigError, match="head_dim of 1 or more"):
+        QuantizedKVCache(1, 1, 1, 0, 8)
+    with pytest.raises(ShapeError, match="keys of 4 numbers"):
+        cache = QuantizedKVCache(1, 1, 1, 4, 8)
+        cache.update(0, torch.zeros(1, 1, 1, 6), torch.zeros(1, 1, 1, 6))
+
+
+@torch.no_grad()
+def test_the_companion_reads_a_text_from_int8_as_from_its_own_numbers():
+    lm = attnlab.load("companion")
+    ids = torch.tensor(
+        [lm.tokenizer.encode(inspect.getsource(attnlab.causal_mask) * 2)[:300]]
+    )  # longer than its window
+    exact, rounded = (lm.model(ids, cache=lm.model.new_cache(quantize=kind))[0] for kind in (None, "int8"))
+    loss, its = (torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]) for logits in (exact, rounded))
+    assert abs(its - loss) < 0.02 * loss
+    assert (exact.argmax(-1) == rounded.argmax(-1)).float().mean() > 0.95
+    assert not torch.equal(exact, rounded)

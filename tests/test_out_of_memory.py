@@ -123,18 +123,28 @@ def test_what_came_before_memory_ran_out_was_handed_over(lm, monkeypatch):
     assert got == expected
 
 
-def test_another_error_stays_what_it_is(lm, monkeypatch):
+def test_another_error_stays_what_it_is(lm, saved, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("shapes do not fit")
+
     fail_at(monkeypatch, 2, RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         generate(lm, "def main", max_new_tokens=4)
+    monkeypatch.setattr(checkpoint, "_set_parameter", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        load_model(saved)
+    monkeypatch.setattr(cache.torch, "zeros", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        cache.KVCache(1, 1, 1, 4, 8)
 
 
-def test_keys_that_found_room_leave_with_the_values_that_did_not(monkeypatch):
+@pytest.mark.parametrize(("kind", "text"), KINDS)
+def test_keys_that_found_room_leave_with_the_values_that_did_not(monkeypatch, kind, text):
     zeros, taken = torch.zeros, []
 
     def second_fails(*args, **kwargs):
         if taken:
-            raise RuntimeError(NO_MEMORY)
+            raise kind(text)
         tensor = zeros(*args, **kwargs)
         taken.append(tensor.data_ptr())
         return tensor

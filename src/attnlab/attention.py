@@ -75,10 +75,12 @@ def scaled_dot_product_attention(
         return_weights: also return the weights. This takes the readable path, where they exist; without it a fused
             kernel does the work, and gives the same numbers.
 
-    A query whose keys are all masked gives zeros, in the output and in the weights.
+    A query whose keys are all masked gives zeros, in the output, the weights and the gradients. No queries, keys or rows give an
+    empty result, or zeros. A NaN in a key or a value reaches every query that may attend to it, and may reach those that may
+    not: 0 · NaN is NaN. One in a query stays in its row, where torch's kernel for CPUs makes zeros of it.
 
     Raises:
-        ShapeError: sizes that do not fit.
+        ShapeError: sizes that do not fit, or dtypes that differ or are not floating-point.
         ConfigError: a window below 1, a window without ``causal``, a mask together with ``causal``.
 
     Worked example: 4 query heads on 2 key/value heads, so query heads 0 and 1 read K/V head 0, and 2 and 3 read head 1:
@@ -116,9 +118,11 @@ def _with_weights(q, k, v, mask, scale):
     scores = rearrange(scores, "B Hkv G T S -> B (Hkv G) T S")
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(dim=-1)  # (B, H, T, S)
-    if mask is not None:  # softmax over nothing is 0/0; by our convention, nothing
-        weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+    if mask is None:
+        weights = scores.softmax(dim=-1)  # (B, H, T, S)
+    else:  # softmax over nothing is 0/0, and so is its gradient; by our convention, nothing
+        nothing = (scores == -math.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(nothing, 0.0).softmax(dim=-1).masked_fill(nothing, 0.0)
     weights = weights.to(v.dtype)
     grouped = rearrange(weights, "B (Hkv G) T S -> B Hkv G T S", Hkv=Hkv)
     out = einsum(grouped, v, "B Hkv G T S, B Hkv S Dv -> B Hkv G T Dv")
@@ -134,12 +138,14 @@ def _fused(q, k, v, mask, scale, is_causal):
     B, H, T, _ = q.shape
     Hkv, S = k.shape[1:3]
     G = H // Hkv
-    if T == 0 or S == 0:
+    if 0 in (B, H, T, S, v.shape[3]):
         return q.new_zeros(B, H, T, v.shape[3])
     if mask is not None:
         mask = mask.expand(*[1] * (4 - mask.dim()), *mask.shape)  # (B or 1, H or 1, T or 1, S or 1)
-        if mask.is_floating_point():
-            mask = mask.to(q.dtype)
+        if mask.is_floating_point() and mask.dtype != q.dtype:
+            # -1e9 is a number in float32, and would be -inf, "never", in float16.
+            most = min(torch.finfo(q.dtype).max, torch.finfo(mask.dtype).max)
+            mask = torch.where(mask.isfinite(), mask.clamp(-most, most), mask).to(q.dtype)
 
     def sdpa(q, mask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=is_causal)
@@ -179,7 +185,7 @@ def online_softmax_attention(
     hide from every query are never computed.
 
     Raises:
-        ShapeError: sizes that do not fit.
+        ShapeError: sizes that do not fit, or dtypes that differ or are not floating-point.
         ConfigError: a window or a block_size below 1, a window without ``causal``.
 
     Worked example, one query, scores 1, 3, 2 in blocks of one: the sum of exponentials is 1, then 1·e^(1-3) + 1 = 1.135,
@@ -193,11 +199,12 @@ def online_softmax_attention(
         raise ConfigError("window counts keys backwards from the query: pass causal=True with it")
     (T, D), (Hkv, S) = q.shape[2:], k.shape[1:3]
     scale = 1 / math.sqrt(D) if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
     q = rearrange(q, "B (Hkv G) T D -> B Hkv G T D", Hkv=Hkv)
     out = q.new_zeros(*q.shape[:4], v.shape[3])
 
     for t in range(0, T, block_size):
-        queries = q[:, :, :, t : t + block_size].float() * scale
+        queries = q[:, :, :, t : t + block_size].to(wide) * scale
         positions = torch.arange(t, min(t + block_size, T), device=q.device) + S - T  # of these queries
         maximum = queries.new_full((*queries.shape[:4], 1), -math.inf)  # (B, Hkv, G, T', 1)
         total = torch.zeros_like(maximum)
@@ -207,7 +214,7 @@ def online_softmax_attention(
         start = max(0, first - window + 1) // block_size * block_size if window else 0
         stop = min(S, last + 1) if causal else S
         for s in range(start, stop, block_size):
-            keys, values = k[:, :, s : s + block_size].float(), v[:, :, s : s + block_size].float()
+            keys, values = k[:, :, s : s + block_size].to(wide), v[:, :, s : s + block_size].to(wide)
             scores = einsum(queries, keys, "B Hkv G T D, B Hkv S D -> B Hkv G T S")
             if causal:
                 here = torch.arange(s, s + keys.shape[2], device=q.device)
@@ -219,7 +226,8 @@ def online_softmax_attention(
             total = total * rescale + weights.sum(-1, keepdim=True)
             average = average * rescale + einsum(weights, values, "B Hkv G T S, B Hkv S Dv -> B Hkv G T Dv")
             maximum = new_maximum
-        out[:, :, :, t : t + block_size] = (average / total.clamp_min(torch.finfo(total.dtype).tiny)).to(out.dtype)
+        total = total.masked_fill(total == 0, 1.0)  # nothing seen: nothing over one
+        out[:, :, :, t : t + block_size] = (average / total).to(out.dtype)
     return rearrange(out, "B Hkv G T Dv -> B (Hkv G) T Dv")
 
 
@@ -235,10 +243,14 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         raise ShapeError(f"expected q (B, H, T, D), k and v (B, Hkv, S, D); got {shapes}")
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
         raise ShapeError(f"q, k and v need one batch size, and k and v the same heads and length; got {shapes}")
-    if q.shape[3] != k.shape[3]:
-        raise ShapeError(f"a dot product needs queries and keys of one size; got {shapes}")
+    if q.shape[3] != k.shape[3] or q.shape[3] == 0:
+        raise ShapeError(f"a dot product needs queries and keys of one size, 1 or more; got {shapes}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ShapeError(f"query heads must be a multiple of K/V heads; got {q.shape[1]} and {k.shape[1]}")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ShapeError(
+            f"q, k and v need one floating-point dtype; got {q.dtype}, {k.dtype} and {v.dtype}: convert with .to(dtype)"
+        )
     if mask is not None:
         want = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         fits = mask.dim() <= 4 and all(m in (1, w) for m, w in zip(mask.shape[::-1], want[::-1], strict=False))

@@ -7,6 +7,7 @@ A forward pass of T tokens is: ``positions = cache.positions(T)``; for every lay
 and attention with ``**sees``; then ``cache.advance(T)``.
 """
 
+from numbers import Integral
 from typing import Self
 
 import torch
@@ -14,7 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnlab.attention import check_window, visible
-from attnlab.errors import CapacityError, ConfigError, ShapeError
+from attnlab.errors import CapacityError, ConfigError, ShapeError, first_line, ran_out_of_memory
+
+SCALE_BYTES = 2  # of a bfloat16
 
 
 class KVCache:
@@ -50,15 +53,17 @@ class KVCache:
             "max_len": max_len,
         }
         for name, size in sizes.items():
-            if size < 1:
-                raise ConfigError(f"a cache needs {name} of 1 or more; got {size}")
+            if not isinstance(size, Integral) or size < 1:
+                raise ConfigError(f"a cache needs {name} of 1 or more; got {size!r}")
         shape = (n_layers, batch, n_kv_heads, max_len, head_dim)
         try:
             self.k = torch.zeros(shape, dtype=dtype, device=device)  # (L, B, Hkv, slots, D)
             self.v = torch.zeros(shape, dtype=dtype, device=device)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             self.k = None  # keys that found room where values did not
-            raise CapacityError(f"no room for a cache of shape {shape} twice: {error}") from error
+            if not ran_out_of_memory(error):
+                raise
+            raise CapacityError(f"no room for a cache of shape {shape} twice: {first_line(error)}") from error
         self.window = window
         self.static = static
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device if static else "cpu")  # tokens seen, by row
@@ -84,13 +89,21 @@ class KVCache:
 
     def __repr__(self) -> str:
         lengths = self.lengths.tolist()
-        return (
-            f"{type(self).__name__}({tuple(self.k.shape)} twice, {self.k.dtype}, {self.nbytes:,} bytes, seen {lengths})"
-        )
+        shapes = f"keys {tuple(self.k.shape)}, values {tuple(self.v.shape)}"
+        return f"{type(self).__name__}({shapes}, {self.k.dtype}, {self.nbytes:,} bytes, seen {lengths})"
 
     def reset(self) -> None:
-        """Forget every row. What is left in the slots is never read: it lies beyond the rows' lengths."""
+        """Forget every row. What is left in the slots has no weight: it lies beyond the rows' lengths."""
         self.lengths.zero_()
+
+    def clear(self) -> None:
+        """Forget every row and what is in its slots: a weight of 0 hides every number, but 0 · NaN is NaN.
+
+        For a row that goes to another conversation while others stand further on, and for a static cache.
+        """
+        self.reset()
+        self.k.zero_()
+        self.v.zero_()
 
     def row(self, i: int) -> Self:
         """Row ``i`` as a cache of batch 1 over the same memory: fill rows one by one, then decode them together."""
@@ -117,13 +130,16 @@ class KVCache:
 
     def positions(self, T: int) -> Int[Tensor, "B T"]:
         """Positions of the next ``T`` tokens of each row. Raises CapacityError if they would not fit."""
+        self._check_room(T)
+        ahead = torch.arange(T, device=self.lengths.device)
+        return (self.lengths[:, None] + ahead).to(self.k.device)
+
+    def _check_room(self, T: int) -> None:
         if not self.static and self.max_len is not None and int(self.lengths.max()) + T > self.max_len:
             raise CapacityError(
                 f"the cache holds {self.max_len} tokens a row, {int(self.lengths.max())} are in it and {T} more came; "
                 f"make it longer (max_len) or the text shorter"
             )
-        ahead = torch.arange(T, device=self.lengths.device)
-        return (self.lengths[:, None] + ahead).to(self.k.device)
 
     def advance(self, T: int) -> None:
         """Count ``T`` tokens as seen, once every layer has them."""
@@ -134,16 +150,21 @@ class KVCache:
     ) -> tuple[Float[Tensor, "B Hkv S D"], Float[Tensor, "B Hkv S D"], dict]:
         """Take in a layer's new keys and values; return all that the new queries may read, and what they see of it.
 
-        The third value goes to ``scaled_dot_product_attention`` as keywords: ``causal`` where all rows stand at the same
-        position, else a ``mask`` of (B, 1, T, S).
+        Both come back in the dtype they came in, also where the cache keeps another. The third value goes to
+        ``scaled_dot_product_attention`` as keywords: ``causal`` where all rows stand at the same position, else a ``mask`` of
+        (B, 1, T, S).
+
+        Raises ShapeError for keys and values of other sizes than the cache's, CapacityError if they do not fit.
         """
-        self._check(k)
+        self._check(k, v)
         T = k.shape[2]
         if not self.static and (start := self._common_length()) is not None:
+            self._check_room(T)
             stop = start + T
             self.k[layer, :, :, start:stop] = k
             self.v[layer, :, :, start:stop] = v
-            return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop], {"causal": True, "window": self.window}
+            held = self._read(layer, stop, k.dtype)
+            return *held, {"causal": True, "window": self.window}
         positions = self.positions(T)
         self._write(layer, k, v, positions)
         stop = self.slots if self.static else int(self.lengths.max()) + T
@@ -151,7 +172,11 @@ class KVCache:
         mask = visible(positions, held, self.window)[
             :, None
         ]  # (B, 1, T, S): what lies beyond a row's length is its future
-        return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop], {"mask": mask}
+        return *self._read(layer, stop, k.dtype), {"mask": mask}
+
+    def _read(self, layer: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The first ``stop`` slots of a layer: the cache's own memory, or a copy where it keeps another dtype."""
+        return self.k[layer, :, :, :stop].to(dtype), self.v[layer, :, :, :stop].to(dtype)
 
     def _common_length(self) -> int | None:
         """The rows' length if they all have the same."""
@@ -164,10 +189,14 @@ class KVCache:
         self.k[layer][rows, :, slots] = k.transpose(1, 2).to(self.k.dtype)  # indexed dims first: (B, T, Hkv, D)
         self.v[layer][rows, :, slots] = v.transpose(1, 2).to(self.v.dtype)
 
-    def _check(self, k: Tensor) -> None:
-        want = (self.batch, self.k.shape[2], self.k.shape[4])
-        if (k.shape[0], k.shape[1], k.shape[3]) != want:
-            raise ShapeError(f"this cache takes keys of (B, Hkv, T, D) with B, Hkv, D = {want}; got {tuple(k.shape)}")
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        for name, new, held in (("keys", k, self.k), ("values", v, self.v)):
+            want = (self.batch, held.shape[2], held.shape[4])
+            if new.dim() != 4 or (new.shape[0], new.shape[1], new.shape[3]) != want or new.shape[2] != k.shape[2]:
+                raise ShapeError(
+                    f"this cache takes {name} of (B, Hkv, T, D) with B, Hkv, D = {want}; got {tuple(new.shape)}"
+                    + (f" beside {tuple(k.shape)}" if new is v else "")
+                )
 
 
 class RollingKVCache(KVCache):
@@ -212,7 +241,7 @@ class RollingKVCache(KVCache):
         return last - (last - slots) % self.slots  # (B, W)
 
     def update(self, layer, k, v):
-        self._check(k)
+        self._check(k, v)
         T, W = k.shape[2], self.slots
         start = None if self.static else self._common_length()
         positions = self.positions(T)  # (B, T)
@@ -220,17 +249,107 @@ class RollingKVCache(KVCache):
             self._write(layer, k, v, positions)
             if start is not None:  # every filled slot is within the window: nothing to mask
                 filled = min(start + 1, W)
-                return self.k[layer, :, :, :filled], self.v[layer, :, :, :filled], {}
+                return *self._read(layer, filled, k.dtype), {}
             held = self.held_positions(positions[:, 0] + 1)
-            return self.k[layer], self.v[layer], {"mask": visible(positions, held, W)[:, None]}
+            return *self._read(layer, W, k.dtype), {"mask": visible(positions, held, W)[:, None]}
+
+        def kept(x: Tensor) -> Tensor:
+            """As it will be read again, so that a prompt and the same tokens one by one see the same numbers."""
+            return x.to(self.k.dtype).to(x.dtype)
+
         if start == 0:
-            keys, values, sees = k, v, {"causal": True, "window": W}
+            keys, values, sees = kept(k), kept(v), {"causal": True, "window": W}
         else:
-            held = self.held_positions(positions[:, 0])
-            keys = torch.cat((self.k[layer], k.to(self.k.dtype)), dim=2)  # a copy: the slots are about to change
-            values = torch.cat((self.v[layer], v.to(self.v.dtype)), dim=2)
+            held = self.held_positions(self.lengths.to(k.device))
+            keys, values = self._read(layer, W, k.dtype)
+            keys, values = (
+                torch.cat((keys, kept(k)), dim=2),
+                torch.cat((values, kept(v)), dim=2),
+            )  # copies: slots will change
             mask = visible(positions, torch.cat((held, positions), dim=1), W)
             sees = {"mask": mask[:, None]}  # (B, 1, T, W + T)
         keep = slice(max(0, T - W), T)  # two tokens of one chunk must not meet in one slot
         self._write(layer, k[:, :, keep], v[:, :, keep], positions[:, keep])
         return keys, values, sees
+
+
+class QuantizedKVCache(KVCache):
+    """Keys and values in int8: D whole numbers and their scale for each token and K/V head, ``head_dim`` + 2 bytes.
+
+    A number is q · scale, with q from -127 to 127; the largest of a head's D numbers has 127 or -127. The scale is a bfloat16
+    and lies behind the D numbers in the same tensor, so a packed key is moved, rolled over and read as any other.
+
+    What comes out of ``update`` is restored, in the dtype that came in, and the new tokens read themselves restored too: a
+    prompt and the same tokens one by one see the same numbers. Only memory is saved: a layer's keys and values exist in full
+    for as long as it works, and a step that restores them moves more bytes, not fewer.
+
+    Args as for ``KVCache``, without a dtype.
+
+    Raises ConfigError for sizes below 1 (or a CapacityError where memory for them is not to be had).
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        batch: int,
+        n_kv_heads: int,
+        head_dim: int,
+        max_len: int,
+        window: int | None = None,
+        device: torch.device | str = "cpu",
+        static: bool = False,
+    ) -> None:
+        super().__init__(
+            n_layers, batch, n_kv_heads, packed_bytes(head_dim), max_len, window, torch.int8, device, static
+        )
+
+    def update(self, layer, k, v):
+        if k.shape[-1] != self.k.shape[4] - SCALE_BYTES:
+            raise ShapeError(f"this cache takes keys of {self.k.shape[4] - SCALE_BYTES} numbers; got {tuple(k.shape)}")
+        keys, values, sees = super().update(layer, quantize_heads(k), quantize_heads(v))
+        return restore_heads(keys, k.dtype), restore_heads(values, v.dtype), sees
+
+
+class QuantizedRollingKVCache(QuantizedKVCache, RollingKVCache):
+    """The last ``window`` tokens in int8: a ``RollingKVCache`` that packs what it keeps as ``QuantizedKVCache`` does."""
+
+    def __init__(
+        self,
+        n_layers: int,
+        batch: int,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int,
+        device: torch.device | str = "cpu",
+        static: bool = False,
+    ) -> None:
+        size = packed_bytes(head_dim)
+        RollingKVCache.__init__(self, n_layers, batch, n_kv_heads, size, window, torch.int8, device, static)
+
+
+def packed_bytes(head_dim: int) -> int:
+    """What ``quantize_heads`` makes of one vector of ``head_dim`` numbers. Raises ConfigError for fewer than 1."""
+    if head_dim < 1:
+        raise ConfigError(f"a cache needs head_dim of 1 or more; got {head_dim}")
+    return head_dim + SCALE_BYTES
+
+
+def quantize_heads(x: Float[Tensor, "*b D"]) -> Int[Tensor, "*b packed"]:
+    """Each vector of D numbers as D + 2 bytes: whole numbers from -127 to 127, and the bfloat16 scale they share.
+
+    Numbers are rounded after their scale was, so that none is further off than half of it.
+
+    >>> quantize_heads(torch.tensor([254.0, -3.0, 0.5]))[:3]
+    tensor([127,  -2,   0], dtype=torch.int8)
+    """
+    x = x.detach().float()
+    tiny = torch.finfo(torch.bfloat16).tiny  # zeros need a scale that can be divided by
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(tiny).to(torch.bfloat16)  # (…, 1)
+    codes = (x / scale.float()).round_().clamp_(-127, 127).to(torch.int8)
+    return torch.cat((codes, scale.view(torch.int8)), dim=-1)
+
+
+def restore_heads(packed: Int[Tensor, "*b packed"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*b D"]:
+    """The numbers that stand for those that were quantized, in ``dtype``."""
+    scale = packed[..., -SCALE_BYTES:].contiguous().view(torch.bfloat16)  # (…, 1)
+    return (packed[..., :-SCALE_BYTES].float() * scale.float()).to(dtype)

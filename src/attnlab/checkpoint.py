@@ -25,14 +25,16 @@ Sources: transformers ``configuration_mistral.py`` and ``convert_mistral_weights
 import errno
 import json
 import os
-import pickle
+import pickletools
 import re
 import shutil
+import sys
 import traceback
+import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,7 +45,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attnlab.errors import CapacityError, CheckpointError, ConfigError, first_line
+from attnlab.errors import AttnlabError, CapacityError, CheckpointError, ConfigError, first_line, ran_out_of_memory
+from attnlab.files import JSON_LIMIT, brief, check_file, line, read_json, shown
 from attnlab.kernels import suit_processor_
 from attnlab.memory import weight_bytes
 from attnlab.mistral import Mistral, MistralConfig
@@ -55,10 +58,11 @@ CONFIG_FILES: dict[Layout, str] = {"hf": "config.json", "mistral": "params.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _HF_FILE, _HF_INDEX, _NATIVE_FILE = "model.safetensors", "model.safetensors.index.json", "consolidated.safetensors"
-_JSON_LIMIT = 50_000_000  # bytes; the index of a model of a trillion weights has fewer
 _READERS = 2  # tensors read at a time: one waits for the disk while the other is copied
 _READ_BYTES = 16 * 2**20  # asked of the system at a time
 _SIZE_LIMIT = 10_000_000  # no vocabulary, width or window comes near
+_LAYER_LIMIT = 10_000
+_PICKLE_LIMIT = 1_000_000  # bytes; names and shapes of 7B take 40 thousand, and a hostile byte makes 72 in memory
 _STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # our name: (Hugging Face's, Mistral's); the lower ones once a layer
@@ -79,6 +83,8 @@ _BLOCK_NAMES = {
     "feed_forward.down_proj.weight": ("mlp.down_proj.weight", "feed_forward.w2.weight"),
 }
 _HARMLESS = re.compile(r".*rotary_emb\.inv_freq|rope\.freqs")  # old files store what rope_theta says
+# What the pickle in a .pth of tensors names. torch runs no code in it, but lets others of its names take any memory.
+_PTH_NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -119,13 +125,16 @@ def read_config(folder: str | Path) -> MistralConfig:
     folder = _existing(folder)
     layout = _layout(folder)
     file = folder / CONFIG_FILES[layout]
-    stored = _read_json(file)
+    stored = read_json(file)
     try:
-        return (_config_from_hf if layout == "hf" else _config_from_native)(file, stored)
+        config = (_config_from_hf if layout == "hf" else _config_from_native)(file, stored)
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
     except (TypeError, OverflowError) as error:
-        raise CheckpointError(f"{file}: has a value of another kind than expected: {error}") from error
+        raise CheckpointError(f"{file}: has a value of another kind than expected: {line(error)}") from error
+    if config.n_layers > _LAYER_LIMIT:  # accounts go through layer by layer
+        raise CheckpointError(f"{file}: expected at most {_LAYER_LIMIT:,} layers; got {config.n_layers} layers")
+    return config
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
@@ -139,7 +148,7 @@ class _StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype | str  # the file's own word for it where it is none of ours
-    offset: int  # of its first byte in a safetensors file
+    offset: int  # of its first byte in the file
 
     @property
     def nbytes(self) -> int:
@@ -147,10 +156,12 @@ class _StoredTensor:
 
 
 def _existing(folder: str | Path) -> Path:
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(f"expected a model folder; {folder} is {'a file' if folder.exists() else 'not there'}")
-    return folder
+    path = os.path.expanduser(folder)
+    if not os.path.isdir(path):  # os.path, which says no where pathlib raises: names too long, unknown users
+        raise CheckpointError(
+            f"expected a model folder; {shown(path)} is {'a file' if os.path.exists(path) else 'not there'}"
+        )
+    return Path(path)
 
 
 def _layout(folder: Path) -> Layout:
@@ -170,26 +181,12 @@ def _has_hf_weights(folder: Path) -> bool:
     return (folder / _HF_FILE).exists() or (folder / _HF_INDEX).exists()
 
 
-def _read_json(file: Path) -> dict:
-    try:
-        size = file.stat().st_size
-        if size > _JSON_LIMIT:
-            raise CheckpointError(f"{file}: expected a JSON file of some kilobytes; got {size:,} bytes")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: expected JSON; {error}. Download the file again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: expected a JSON object {{…}}; got a {type(content).__name__}")
-    return content
-
-
 def _config_from_hf(file: Path, stored: dict) -> MistralConfig:
     model_type, architectures = stored.get("model_type"), stored.get("architectures") or ["MistralForCausalLM"]
     if model_type != "mistral" or "MistralForCausalLM" not in architectures:
         raise CheckpointError(
-            f'{file}: expected model_type "mistral" and MistralForCausalLM; got {model_type!r} and {architectures}. attnlab '
+            f'{file}: expected model_type "mistral" and MistralForCausalLM; got {brief(model_type)} and '
+            f"{brief(architectures)}. attnlab "
             "loads Mistral's architecture; record_attention takes any model of transformers"
         )
     if stored.get("quantization_config"):
@@ -202,15 +199,18 @@ def _config_from_hf(file: Path, stored: dict) -> MistralConfig:
         )
     activation = stored.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise CheckpointError(f'{file}: expected hidden_act "silu"; got {activation!r}, which this decoder has not')
+        raise CheckpointError(
+            f'{file}: expected hidden_act "silu"; got {brief(activation)}, which this decoder has not'
+        )
     rope = stored.get("rope_scaling") or stored.get("rope_parameters") or {}  # transformers 5 moved it under the latter
     if not isinstance(rope, dict):
-        raise CheckpointError(f"{file}: expected rotary settings in a JSON object; got {rope!r}")
+        raise CheckpointError(f"{file}: expected rotary settings in a JSON object; got {brief(rope)}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     part = rope.get("partial_rotary_factor", stored.get("partial_rotary_factor"))
     if kind != "default" or part not in (None, 1):
         raise CheckpointError(
-            f"{file}: expected rotary positions of type 'default' over whole heads; got type {kind!r}, share {part or 1}. "
+            f"{file}: expected rotary positions of type 'default' over whole heads; got type {brief(kind)}, share "
+            f"{brief(part or 1)}. "
             "Scaled positions give wrong numbers here, so they are refused"
         )
     n_heads = _number(file, stored, "num_attention_heads", int)
@@ -271,16 +271,16 @@ def _number(file: Path, stored: dict, key: str, kind: type, absent=_REQUIRED, nu
             raise CheckpointError(f"{file}: expected a number for {key!r}; it has none. Download the file again")
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
-        raise CheckpointError(f"{file}: expected a number for {key!r}; got {value!r}")
+        raise CheckpointError(f"{file}: expected a number for {key!r}; got {brief(value)}")
     if kind is int and (value != int(value) or abs(value) > _SIZE_LIMIT):
-        raise CheckpointError(f"{file}: expected a whole number below {_SIZE_LIMIT:,} for {key!r}; got {value!r}")
+        raise CheckpointError(f"{file}: expected a whole number below {_SIZE_LIMIT:,} for {key!r}; got {brief(value)}")
     return kind(value)
 
 
 def _flag(file: Path, stored: dict, key: str) -> bool:
     value = stored.get(key) or False
     if not isinstance(value, bool):
-        raise CheckpointError(f"{file}: expected true or false for {key!r}; got {value!r}")
+        raise CheckpointError(f"{file}: expected true or false for {key!r}; got {brief(value)}")
     return value
 
 
@@ -298,7 +298,7 @@ def _stored_tensors(folder: Path, layout: Layout) -> dict[str, _StoredTensor]:
         files = sorted(folder.glob("consolidated*.safetensors")) or sorted(folder.glob("consolidated*.pth"))
     if not files:
         wanted = f"{_HF_FILE} or {_HF_INDEX}" if layout == "hf" else f"{_NATIVE_FILE} or consolidated.00.pth"
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".gguf", ".pt", ".pth"))
+        others = sorted(shown(p.name) for p in folder.glob("*") if p.suffix in (".bin", ".gguf", ".pt", ".pth"))
         hint = f"; it has {', '.join(others[:3])}, which attnlab does not read" if others else ""
         raise CheckpointError(f"{folder}: expected weights in {wanted}; there are none{hint}. Download the model again")
 
@@ -307,14 +307,16 @@ def _stored_tensors(folder: Path, layout: Layout) -> dict[str, _StoredTensor]:
         for name, tensor in _header(file):
             if name in stored:
                 raise CheckpointError(
-                    f"{file}: tensor {name} is in {stored[name].file.name} as well. Files that share names are the parts "
+                    f"{file}: tensor {shown(name)} is in {stored[name].file.name} as well. Files that share names are the parts "
                     "of a model cut for several GPUs; attnlab reads whole tensors. Give a checkpoint in one piece"
                 )
             stored[name] = tensor
+    if not stored:
+        raise CheckpointError(f"{files[0]}: expected weights; there is no tensor in it. Download the model again")
     for name, tensor in stored.items():
         if isinstance(tensor.dtype, str):
             raise CheckpointError(
-                f"{tensor.file}: expected floating-point weights (float32, bfloat16 or float16); {name} is {tensor.dtype}. "
+                f"{tensor.file}: expected floating-point weights (float32, bfloat16 or float16); {shown(name)} is {tensor.dtype}. "
                 "Quantised weights are not read; give the folder they were made from"
             )
     if index is not None:
@@ -324,17 +326,17 @@ def _stored_tensors(folder: Path, layout: Layout) -> dict[str, _StoredTensor]:
 
 def _indexed_files(folder: Path) -> tuple[list[Path], dict]:
     file = folder / _HF_INDEX
-    index = _read_json(file)
+    index = read_json(file)
     placed = index.get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(v, str) for v in placed.values()):
         raise CheckpointError(f"{file}: expected weight_map, a file name for every tensor; got {type(placed).__name__}")
     files = []
     for name in sorted(set(placed.values())):  # names are checked, links followed: the hub's cache consists of links
         if re.search(r"[/\\:\0]", name) or name in ("", ".", ".."):
-            raise CheckpointError(f"{file}: expected names of files beside it; {name!r} points outside the folder")
-        if not (folder / name).exists():
+            raise CheckpointError(f"{file}: expected names of files beside it; {brief(name)} points outside the folder")
+        if not os.path.exists(folder / name):
             raise CheckpointError(
-                f"{folder / name}: this shard is missing; the index places {sum(v == name for v in placed.values())} "
+                f"{folder / shown(name)}: this shard is missing; the index places {sum(v == name for v in placed.values())} "
                 "tensors in it. Download it again"
             )
         files.append(folder / name)
@@ -346,60 +348,129 @@ def _check_index(file: Path, index: dict, stored: dict[str, _StoredTensor]) -> N
         if name not in stored or stored[name].file.name != shard:
             found = f"it is in {stored[name].file.name}" if name in stored else "no file has it"
             raise CheckpointError(
-                f"{file}: expected {name} in {shard}; {found}. Download the index and the shards again"
+                f"{file}: expected {shown(name)} in {shown(shard)}; {found}. Download the index and the shards again"
             )
     unlisted = [name for name in stored if name not in index["weight_map"]]
     if unlisted:
         file_name = stored[unlisted[0]].file.name
-        raise CheckpointError(f"{file}: does not list {unlisted[0]}, which is in {file_name}. Download both again")
+        raise CheckpointError(
+            f"{file}: does not list {shown(unlisted[0])}, which is in {file_name}. Download both again"
+        )
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     found = sum(tensor.nbytes for tensor in stored.values())
     if total is not None and total != found:
-        raise CheckpointError(f"{file}: expected {total} bytes of weights (total_size); the shards hold {found}")
+        raise CheckpointError(f"{file}: expected {brief(total)} bytes of weights (total_size); the shards hold {found}")
 
 
 def _open(file: Path) -> AbstractContextManager:
     """A weight file, memory-mapped: safetensors' reader, or the dict of a .pth. Damage becomes CheckpointError."""
-    try:
+    with _damage_is_said(file):
         if file.suffix != ".pth":
+            _safetensors_header(file)
             return safe_open(file, framework="pt")
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-        first_line = str(error).strip().split("\n")[0]
+        _check_archive(file)
+        return nullcontext(_dict_of_tensors(file, torch.load(file, map_location="cpu", weights_only=True, mmap=True)))
+
+
+@contextmanager
+def _damage_is_said(file: Path) -> Iterator[None]:
+    """Whatever the readers of a weight file stumble over, a dozen kinds of exceptions, is a CheckpointError."""
+    check_file(file)
+    try:
+        yield
+    except AttnlabError:
+        raise
+    except Exception as error:
+        size = f"{file.stat().st_size:,} bytes" if file.exists() else "nothing"
         raise CheckpointError(
-            f"{file}: expected a whole weight file; got {_size(file)} that cannot be read as one ({first_line}). "
+            f"{file}: expected a whole weight file; got {size} that cannot be read as one ({line(error)}). "
             "It may be cut off: download it again"
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise CheckpointError(f"{file}: expected a dict of tensors; got something else, so it is not a model's weights")
-    return nullcontext(content)
-
-
-def _size(file: Path) -> str:
-    return f"{file.stat().st_size:,} bytes" if file.exists() else "nothing"
 
 
 def _header(file: Path) -> list[tuple[str, _StoredTensor]]:
-    with _open(file) as content:
-        if file.suffix == ".pth":
-            known = _STORED_DTYPES.values()
-            found = [(n, t.shape, t.dtype if t.dtype in known else str(t.dtype), 0) for n, t in content.items()]
-        else:
-            with open(file, "rb") as opened:  # the reader has found it sound, and doesn't say where a tensor begins
-                size = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(size))
-            slices = [(name, content.get_slice(name)) for name in content.keys()]  # noqa: SIM118
-            found = [
-                (
-                    n,
-                    s.get_shape(),
-                    _STORED_DTYPES.get(s.get_dtype(), s.get_dtype()),
-                    8 + size + header[n]["data_offsets"][0],
-                )
-                for n, s in slices
-            ]
-    return [(name, _StoredTensor(file, tuple(shape), dtype, offset)) for name, shape, dtype, offset in found]
+    """Every tensor of a weight file: what it is and where its bytes begin. None of those is read."""
+    with _damage_is_said(file):
+        return _pth_tensors(file) if file.suffix == ".pth" else _safetensors_tensors(file)
+
+
+def _safetensors_header(file: Path) -> bytes:
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        if size > JSON_LIMIT:
+            raise CheckpointError(
+                f"{file}: expected a header of at most {JSON_LIMIT:,} bytes; it says {size:,}. Damaged: download it again"
+            )
+        return opened.read(size)
+
+
+def _safetensors_tensors(file: Path) -> list[tuple[str, _StoredTensor]]:
+    header = _safetensors_header(file)
+    with safe_open(file, framework="pt") as content:  # finds it sound, and doesn't say where a tensor begins
+        slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
+        kinds = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    begins = {name: entry["data_offsets"][0] for name, entry in json.loads(header).items() if name != "__metadata__"}
+    return [
+        (name, _StoredTensor(file, shape, _STORED_DTYPES.get(dtype, dtype), 8 + len(header) + begins[name]))
+        for name, (shape, dtype) in kinds.items()
+    ]
+
+
+def _pth_tensors(file: Path) -> list[tuple[str, _StoredTensor]]:
+    # Loaded onto no device, a tensor is a shape; its storage notes where in the file it would be (torch 2.11 and later).
+    _check_archive(file)
+    size, taken, known, found = file.stat().st_size, 0, _STORED_DTYPES.values(), []
+    for name, t in _dict_of_tensors(file, torch.load(file, map_location="meta", weights_only=True)).items():
+        offset = t.untyped_storage()._checkpoint_offset + t.storage_offset() * t.element_size()
+        if not t.is_contiguous() or offset + t.nbytes > size:
+            raise CheckpointError(
+                f"{file}: expected whole tensors; {shown(name)}, of shape {tuple(t.shape)}, is a view of another or goes "
+                "beyond the file's end. Save it again, or download it again"
+            )
+        taken += t.nbytes
+        found.append((name, _StoredTensor(file, tuple(t.shape), t.dtype if t.dtype in known else str(t.dtype), offset)))
+    if taken > 1.5 * size:  # a matrix that has two names is less than half of a model
+        raise CheckpointError(
+            f"{file}: expected {size:,} bytes of tensors; they take {taken:,}, as many share memory. Save each as its own"
+        )
+    return found
+
+
+def _dict_of_tensors(file: Path, content: object) -> dict[str, Tensor]:
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided for name, t in content.items()
+    ):
+        raise CheckpointError(f"{file}: expected a dict of tensors; got something else, so it is not a model's weights")
+    return content
+
+
+def _check_archive(file: Path) -> None:
+    """Refuse a .pth that ``torch.save`` of a dict of tensors would not have written, before torch reads it.
+
+    A packed part may unpack to any size, a pickle may ask for any memory, and torch takes byte order and alignment on trust.
+    """
+    with zipfile.ZipFile(file) as archive:
+        parts = {part.filename.partition("/")[2]: part for part in archive.infolist()}
+        if len(parts) < len(archive.infolist()) or any(p.compress_type != zipfile.ZIP_STORED for p in parts.values()):
+            raise CheckpointError(
+                f"{file}: expected an archive of torch.save; this one has names twice, or packed parts"
+            )
+        small = [part for name, part in parts.items() if not name.startswith("data/")]
+        if sum(part.file_size for part in small) > _PICKLE_LIMIT:
+            raise CheckpointError(f"{file}: expected at most {_PICKLE_LIMIT:,} bytes besides the tensors; it has more")
+        order = archive.read(parts["byteorder"]) if "byteorder" in parts else b"little"
+        alignment = archive.read(parts[".storage_alignment"]) if ".storage_alignment" in parts else b"64"
+        pickled = archive.read(parts["data.pkl"])
+    if order != sys.byteorder.encode() or not alignment.isdigit() or int(alignment) == 0:
+        raise CheckpointError(
+            f"{file}: expected {sys.byteorder}-endian numbers, aligned; got {brief(order)} and {brief(alignment)}. Save it again"
+        )
+    for code, argument, _ in pickletools.genops(pickled):
+        if code.name == "GLOBAL" and not _PTH_NAMES.fullmatch(argument):
+            raise CheckpointError(
+                f"{file}: expected a dict of tensors and nothing else; it names {brief(argument)}, which is not loaded"
+            )
 
 
 def _main_dtype(stored: dict[str, _StoredTensor]) -> torch.dtype:
@@ -473,7 +544,9 @@ def load_model(
                     placed = tensor.to(device, dtype)
                     _set_parameter(model, name, placed)
                 del tensor
-            except (RuntimeError, MemoryError) as error:  # torch's own for "out of memory" is a RuntimeError
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out_of_memory(error):
+                    raise
                 # A notebook keeps the last traceback, and with it every frame's variables: what was taken goes back now.
                 model = placed = tensor = None  # noqa: F841
                 tensors.close()
@@ -516,9 +589,6 @@ def _in_turn(names: list[str], stored: dict[str, _StoredTensor], cached: bool) -
 
 def _read(name: str, stored: _StoredTensor, tensor: Tensor, cached: bool) -> Tensor:
     """``tensor``, with what the file holds. Read, not mapped: where memory is short, mapped pages come at half the disk's speed."""
-    if stored.file.suffix == ".pth":
-        with _open(stored.file) as content:
-            return tensor.copy_(content[name])
     rest = memoryview(tensor.flatten().view(torch.uint8).numpy())
     try:
         with open(stored.file, "rb", buffering=0) as opened:
@@ -599,9 +669,8 @@ def _check_tensors(
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
     rest = f" and {len(names) - 3} more are" if len(names) > 3 else (" are" if len(names) > 1 else " is")
-    return shown + rest
+    return ", ".join(map(shown, names[:3])) + rest
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------------

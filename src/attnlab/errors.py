@@ -31,6 +31,10 @@ class HubError(AttnlabError):
     """A model that could not be had from the hub: gated, unknown, or no network."""
 
 
+class RankError(AttnlabError):
+    """One of several processes that work together died, was killed or did not answer; the others were ended."""
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python raised it because memory ran out, which torch often tells in words alone."""
     words = r"out of memory|not enough memory|(can't|cannot) allocate memory|ALLOC_FAILED"

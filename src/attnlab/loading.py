@@ -13,6 +13,7 @@ from attnlab import companion
 from attnlab.checkpoint import load_model, parse_device, parse_dtype, read_config, stored_dtype
 from attnlab.companion import COMPANION, SIBLINGS
 from attnlab.errors import AttnlabError, CapacityError, CheckpointError, ConfigError, HubError, InputError
+from attnlab.files import brief
 from attnlab.memory import QUANTIZED, Model, Plan, kv_cache_bytes, n_params, plan, weight_bytes
 from attnlab.mistral import Mistral, MistralConfig
 from attnlab.quantize import Quantize, is_quantized, parse_quantize, quantizable
@@ -186,15 +187,15 @@ def _check_room(config: MistralConfig, dtype: torch.dtype, device: torch.device,
 def find_folder(name: str, revision: str | None, progress: bool) -> tuple[str, Path]:
     """The name to show and the folder with the files, which the hub may have to bring first. Raises as ``load`` does."""
     shipped = companion.folder(name)
-    folder = shipped or Path(name).expanduser()
-    if shipped or (name and folder.exists()):
+    folder = shipped or Path(os.path.expanduser(name))
+    if shipped or (name and os.path.exists(folder)):  # os.path, which says no where pathlib raises
         if revision is not None:
             raise ConfigError(f"revision={revision!r} names a version on the hub; {name} is a folder on this machine")
         return (name if shipped else folder.resolve().name), folder
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise InputError(
             f'expected "{COMPANION}", one of its siblings ({", ".join(SIBLINGS)}), a folder, or a hub id like '
-            f'"mistralai/Mistral-7B-v0.1"; got {name!r}, and there is no folder of that name'
+            f'"mistralai/Mistral-7B-v0.1"; got {brief(name)}, and there is no folder of that name'
         )
     return name, _download(name, revision, progress)
 

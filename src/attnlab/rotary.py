@@ -57,13 +57,17 @@ def apply_rotary(
 ) -> Float[Tensor, "B H T D"]:
     """Turn every pair of ``x`` by its angle. ``cos`` and ``sin`` are (T, D/2), or (B, T, D/2) for a position per row.
 
+    Raises ShapeError for sizes that do not fit, ConfigError for another layout.
+
     Worked example, D = 4, both pairs turned by 90°: (a, b, c, d) becomes (-c, -d, a, b) in halves, where (a, c) and
     (b, d) are the points, and (-b, a, -d, c) interleaved, where (a, b) and (c, d) are.
     """
     half = x.shape[-1] // 2
-    if x.shape[-1] % 2 or cos.shape[-1] != half or cos.shape[-2] != x.shape[-2]:
+    rows = cos.shape[:-2] in ((), (1,), x.shape[:1])  # another number of rows would make x as many
+    if x.shape[-1] % 2 or cos.shape != sin.shape or cos.shape[-2:] != (x.shape[-2], half) or not rows:
         raise ShapeError(
-            f"expected cos and sin (…, {x.shape[-2]}, {half}) for x {tuple(x.shape)}; got {tuple(cos.shape)}"
+            f"expected cos and sin (…, {x.shape[-2]}, {half}) for x {tuple(x.shape)}; got {tuple(cos.shape)} and "
+            f"{tuple(sin.shape)}"
         )
     cos, sin = (t.to(x.dtype).unsqueeze(-3) for t in (cos, sin))  # (…, 1, T, D/2): one for all heads
     if layout == "halves":

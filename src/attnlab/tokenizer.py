@@ -21,17 +21,21 @@ V3    Instruct v0.3               as V2, and tools
 gives other ids than V1 does. Compare ids, never strings.
 """
 
-import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from attnlab.errors import CheckpointError, InputError
+from attnlab.errors import AttnlabError, CheckpointError, InputError
+from attnlab.files import brief, check_file, line, read_json, read_text
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
 LOOKED_FOR = "tokenizer.model.v1 (v2, v3, ...), tokenizer.model, tekken.json or tokenizer.json"
+_SIZE_LIMIT = 25_000_000  # bytes; Mistral's largest has 20 million, and a hostile one takes 24 times its size in memory
+_SPECIAL_LIMIT = 10_000  # Mistral's have a thousand
 
 
 class Tokenizer(Protocol):
@@ -80,7 +84,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         named_instruct = template is None and "instruct" in _names(folder).lower()
         is_instruct = named_instruct or (template is not None and not foreign_template)
         return MistralTokenizer(mistral_file, is_instruct, foreign_template)
-    if json_file.exists():
+    if json_file.is_file():
         return JsonTokenizer(json_file, is_instruct=template is not None)
     raise CheckpointError(f"no tokenizer in {folder}: looked for {LOOKED_FOR}")
 
@@ -121,15 +125,17 @@ class MistralTokenizer(_ByteTokenizer):
 
     def __init__(self, path: Path, is_instruct: bool = False, foreign_template: bool = False) -> None:
         self.path, self.is_instruct, self.foreign_template = path, is_instruct, foreign_template
-        try:
+        check_file(path, _SIZE_LIMIT)
+        with _damage_is_said(path, "a tokenizer that mistral-common can read"):
             self._mistral = _open_mistral(path)
-        except Exception as error:  # a damaged file shows itself as RuntimeError, KeyError, AssertionError, ...
-            raise CheckpointError(f"{path} is not a tokenizer that mistral-common can read: {_line(error)}") from error
-        self._inner = self._mistral.instruct_tokenizer.tokenizer
-        self.vocab_size, self.bos_id, self.eos_id = self._inner.n_words, self._inner.bos_id, self._inner.eos_id
-        self.version: str = self._inner.version.value  # of the instruct template
-        self.begins_with_space = not hasattr(self._inner, "id_to_byte_piece")  # tekken works on bytes, and adds nothing
-        self._special = self._inner.special_ids | ({self._inner.unk_id} if self.begins_with_space else set())
+            self._inner = self._mistral.instruct_tokenizer.tokenizer
+            self.vocab_size, self.bos_id, self.eos_id = self._inner.n_words, self._inner.bos_id, self._inner.eos_id
+            self.version: str = self._inner.version.value  # of the instruct template
+            self.begins_with_space = not hasattr(self._inner, "id_to_byte_piece")  # tekken works on bytes, adds nothing
+            self._special = self._inner.special_ids | ({self._inner.unk_id} if self.begins_with_space else set())
+        for which, id in (("begins", self.bos_id), ("ends", self.eos_id)):
+            if not 0 <= id < self.vocab_size:
+                raise CheckpointError(f"{path} has no token that {which} a text. Take the model's own tokenizer")
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         return self._inner.encode(_checked_text(text), bos=bos, eos=False)
@@ -157,7 +163,7 @@ class MistralTokenizer(_ByteTokenizer):
         try:
             return self._mistral.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
         except (MistralCommonException, ValueError) as error:
-            raise InputError(f"these messages make no chat: {_line(error)}") from error
+            raise InputError(f"these messages make no chat: {line(error)}") from error
 
     def _name(self, id: int) -> str:
         return self._inner.id_to_piece(id)
@@ -173,32 +179,36 @@ class JsonTokenizer(_ByteTokenizer):
         from tokenizers import Tokenizer as Inner
 
         self.path, self.is_instruct = path, is_instruct
-        try:
+        check_file(path, _SIZE_LIMIT)
+        with _damage_is_said(path, "a tokenizer.json that can be read"):
             self._inner = Inner.from_file(str(path))
-            layout = json.loads(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} is not a tokenizer.json that can be read: {_line(error)}") from error
         self._inner.encode_special_tokens = True  # "</s>" in a text is text
-        self._added = {token["id"]: token for token in layout.get("added_tokens") or []}
-        decoder = json.dumps(layout.get("decoder"))
-        self.byte_level = '"ByteLevel"' in decoder
-        self.begins_with_space = '"Strip"' in decoder or '"Metaspace"' in decoder
-        self.vocab_size = self._inner.get_vocab_size()
-        self.bos_id, self.eos_id = self._end_id("bos", "<s>"), self._end_id("eos", "</s>")
+        self._inner.no_truncation()  # a file may ask for both, and a text is what it is
+        self._inner.no_padding()
+        self._added = self._inner.get_added_tokens_decoder()
+        decoder = b"" if self._inner.decoder is None else self._inner.decoder.__getstate__()  # JSON
+        self.byte_level = b'"ByteLevel"' in decoder
+        self.begins_with_space = b'"Strip"' in decoder or b'"Metaspace"' in decoder
+        vocab = self._inner.get_vocab()
+        self.vocab_size = 1 + max(vocab.values(), default=-1)  # ids may have holes
+        self.bos_id, self.eos_id = self._end_id("bos", "<s>", vocab), self._end_id("eos", "</s>", vocab)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        ids = self._inner.encode(_checked_text(text), add_special_tokens=False).ids
+        text = _checked_text(text)
+        with _damage_is_said(self.path, "a tokenizer of every text"):  # one without a token for what it does not know
+            ids = self._inner.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if bos else ids
 
     def token_bytes(self, id: int) -> bytes:
         self._check_id(id)
         if id in self._added:
             token = self._added[id]
-            return b"" if token["special"] else token["content"].encode()
+            return b"" if token.special else token.content.encode()
         piece = self._name(id)
-        if self.byte_level:
-            return bytes(_BYTE_OF[letter] for letter in piece)
-        return _sentencepiece_bytes(piece)
+        if not self.byte_level:
+            return _sentencepiece_bytes(piece)
+        letters = [_BYTE_OF.get(letter) for letter in piece]
+        return piece.encode() if None in letters else bytes(letters)  # a foreign letter: as the library takes it
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         messages = _checked_messages(messages)
@@ -209,7 +219,7 @@ class JsonTokenizer(_ByteTokenizer):
                 messages, tokenize=True, add_generation_prompt=True, return_dict=False
             )
         except Exception as error:  # whatever the folder's own template raises
-            raise InputError(f"the chat template in {self.path.parent} refused: {_line(error)}") from error
+            raise InputError(f"the chat template in {self.path.parent} refused: {line(error)}") from error
 
     @cached_property
     def _templates(self):
@@ -219,19 +229,19 @@ class JsonTokenizer(_ByteTokenizer):
 
     def _name(self, id: int) -> str:
         name = self._inner.id_to_token(id)
-        return f"<{id}>" if name is None else name  # ids may have holes
+        return f"<{id}>" if name is None else name
 
-    def _end_id(self, which: str, usual: str) -> int:
+    def _end_id(self, which: str, usual: str, vocab: dict[str, int]) -> int:
         """Id of the token that begins or ends a text: as tokenizer_config.json names it, or as it is usually called."""
         named = _read_json(self.path.parent / "tokenizer_config.json").get(f"{which}_token") or usual
-        name = named["content"] if isinstance(named, dict) else named
-        id = self._inner.token_to_id(name)
+        name = named.get("content") if isinstance(named, dict) else named
+        id = vocab.get(name) if isinstance(name, str) else None
         if id is None:
             id = _read_json(self.path.parent / "config.json").get(f"{which}_token_id")
             id = id[0] if isinstance(id, list) and id else id
-        if not isinstance(id, int):
+        if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < self.vocab_size:
             raise CheckpointError(
-                f"{self.path} has no {name!r} and the folder's config.json no {which}_token_id: "
+                f"{self.path} has no {brief(name)} and the folder's config.json no {which}_token_id: "
                 f"name the token in tokenizer_config.json as {which}_token"
             )
         return id
@@ -246,6 +256,11 @@ def _open_mistral(path: Path):
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Inner
     from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
+    if path.suffix == ".json":  # whose special tokens are filled up to any number it says
+        config = read_json(path, _SIZE_LIMIT).get("config")
+        n_special = config.get("default_num_special_tokens") if isinstance(config, dict) else None
+        if not isinstance(n_special, int) or n_special > _SPECIAL_LIMIT:
+            raise CheckpointError(f"{path}: expected at most {_SPECIAL_LIMIT:,} special tokens; got {brief(n_special)}")
     if path.name == "tokenizer.model":
         vocab = SentencePieceTokenizer(path).vocab()
         if len(vocab) > 32_000:
@@ -275,10 +290,14 @@ def _chat_template(folder: Path) -> str | None:
     """The folder's chat template, the default one where there are several; None if it has none."""
     beside = folder / "chat_template.jinja"
     if beside.is_file():
-        return beside.read_text(encoding="utf-8", errors="replace")
-    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
+        return read_text(beside)
+    config = folder / "tokenizer_config.json"
+    template = _read_json(config).get("chat_template")
     if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = entries[0].get("template") if entries else None
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{config}: expected a text as chat_template; got {brief(template)}")
     return template or None
 
 
@@ -292,21 +311,24 @@ def _names(folder: Path) -> str:
 
 def _read_json(path: Path) -> dict:
     """The object in a JSON file; an empty one where there is no file."""
-    if not path.is_file():
-        return {}
+    return read_json(path) if path.is_file() else {}
+
+
+@contextmanager
+def _damage_is_said(path: Path, what: str) -> Iterator[None]:
+    """Whatever the tokenizers' libraries stumble over becomes CheckpointError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON: {_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should hold a JSON object; it holds a {type(content).__name__}")
-    return content
+        yield
+    except (AttnlabError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # those in Rust panic, which is no Exception
+        raise CheckpointError(f"{path} is not {what}: {line(error)}") from error
 
 
 def _sentencepiece_bytes(piece: str) -> bytes:
     """``▁`` is a space and ``<0xE2>`` a byte; all else is itself."""
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes([int(piece[3:5], 16)])
+    if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
+        return bytes.fromhex(byte[1])
     return piece.replace("▁", " ").encode("utf-8")
 
 
@@ -352,8 +374,3 @@ def _checked_messages(messages: list[Message]) -> list[Message]:
             f"a chat ends with the user's message, which is answered; this one ends with {messages[-1]['role']}"
         )
     return list(messages)
-
-
-def _line(error: Exception) -> str:
-    """An error's message in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

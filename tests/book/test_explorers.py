@@ -487,15 +487,6 @@ def test_a_chapters_explorers_draw_themselves(visit, html, http, name, via):
         assert the_keyboard_moves(opened.page, root)
 
 
-@pytest.mark.parametrize("theme, width", [("light", 1280), ("dark", 320)])
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_axe_finds_nothing_on_a_chapter_with_an_explorer(visit, html, name, theme, width):
-    opened = visit(f"{html.as_uri()}/notebooks/{name}.html", width=width, theme=theme)
-    opened.page.evaluate("async () => { await window.MathJax?.startup?.promise; }")
-    assert opened.violations() == []
-    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
-
-
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_the_committed_output_of_an_explorer_is_html_without_a_widget(name):
     cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
