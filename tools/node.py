@@ -7,7 +7,9 @@ import shutil
 
 from chromium import provide
 
-MISSING = "no Node.js, for the Worker of chapter 13 and for slides: install it (Debian, Ubuntu: apt-get install nodejs npm)"
+MISSING = (
+    "no Node.js, for the Worker of chapter 13 and for slides: install it (Debian, Ubuntu: apt-get install nodejs npm)"
+)
 
 
 def find() -> str | None:

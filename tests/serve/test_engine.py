@@ -70,6 +70,15 @@ def test_conversations_that_share_steps_say_what_they_would_say_alone(lm, engine
     assert engine.state.decoding == engine.state.waiting == 0
 
 
+def test_a_nan_left_in_a_row_does_not_reach_who_comes_next(lm, engine):
+    engine.cache.k.fill_(torch.nan)
+    engine.cache.v.fill_(torch.nan)
+    asked = [ask(engine, prompt, 6 + 5 * i) for i, prompt in enumerate(PROMPTS[:3])]  # of unlike lengths: under a mask
+    for i, (prompt, (_, got)) in enumerate(zip(PROMPTS, asked, strict=False)):
+        alone = attnlab.generate(lm, lm.tokenizer.encode(prompt), max_new_tokens=6 + 5 * i)
+        assert_same(lm, prompt, collect(got)[0], alone)
+
+
 def test_a_prompt_longer_than_a_chunk_and_than_the_window_joins_others_midway(lm, engine):
     long = "x = 1\n" * 400  # some 1,200 tokens; the window is 256
     _, first = ask(engine, PROMPTS[0], 60)

@@ -165,7 +165,7 @@ class Engine:
     def _admit(self) -> None:
         if self._waiting and self._prefilling is None and len(self._decoding) < self.cache.batch:
             self._prefilling = self._waiting.popleft()
-            self.cache.lengths[len(self._decoding)] = 0
+            self.cache.row(len(self._decoding)).clear()  # a NaN left by the one before would reach through the mask
 
     def _take_in_a_chunk(self, job: Job) -> None:
         row = self.cache.row(len(self._decoding))
