@@ -8,6 +8,7 @@ executed; for the kernel alone, the system's own account of its peak. Pages of f
 limit covers the Jupyter server too, so a chapter fits if it and an idle JupyterLab take less than 2 GB together.
 """
 
+import os
 import socket
 import subprocess
 import sys
@@ -62,7 +63,12 @@ def of_notebook(path: Path) -> int:
     client = NotebookClient(
         nbformat.read(path, as_version=4), timeout=600, resources={"metadata": {"path": str(path.parent)}}
     )
-    with client.setup_kernel():
+    with (
+        tempfile.TemporaryDirectory() as compiled,
+        client.setup_kernel(
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": compiled}  # a new machine has compiled nothing yet
+        ),
+    ):
         watch = Watch(psutil.Process(client.km.provisioner.pid))
         watch.start()
         try:

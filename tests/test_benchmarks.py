@@ -161,7 +161,7 @@ def test_the_quantize_script_runs_every_section_and_writes_nothing_when_quick():
 
 def test_the_quantize_script_says_what_quality_needs(tmp_path):
     for arguments, words in (([], "quality needs --run"), (["--run", str(tmp_path)], "holds no training run")):
-        done = run("quantize.py", "--sections", "quality", *arguments)
+        done = run("quantize.py", "--sections", "quality", "--redo", *arguments)
         assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
 
 

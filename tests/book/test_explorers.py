@@ -137,7 +137,9 @@ class Visit:
         route.abort()
 
     def wait_until_drawn(self, n: int) -> None:
-        self.page.wait_for_function(f"document.querySelectorAll('[data-explorer][data-ready=true]').length === {n}")
+        self.page.wait_for_function(
+            f"() => document.querySelectorAll('[data-explorer][data-ready=true]').length === {n}"
+        )
 
     def violations(self) -> list:
         found = Axe().run(self.page).response["violations"]
@@ -416,7 +418,7 @@ def test_on_a_page_the_companion_runs_and_loads_nothing_before_and_nothing_twice
         page.wait_for_selector(f"[aria-pressed=true]:text('{name}:')")
     assert data_files(opened) == [*live.files("companion"), *live.files("multi-query")]
     page.get_by_role("button", name="Next token").click()
-    page.wait_for_function("document.querySelector('.live-text b').textContent !== ''")
+    page.wait_for_function("() => document.querySelector('.live-text b').textContent !== ''")
     assert opened.strangers == [] and opened.complaints == []
 
 
