@@ -55,7 +55,12 @@ def test_no_file_names_a_path_of_the_machine_it_was_made_on():
 
 def test_no_unfinished_work_is_left():
     marks = re.compile(r"\b(TODO|FIXME|XXX)\b")
-    found = [name for name, text in texts() if name.endswith((".py", ".md", ".ipynb", ".yml")) and marks.search(text)]
+    pictures = re.compile(r"[\w+/=]{60,}")  # base64 spells any word sooner or later
+    found = [
+        name
+        for name, text in texts()
+        if name.endswith((".py", ".md", ".ipynb", ".yml")) and marks.search(pictures.sub("", text))
+    ]
     written_by_models = (
         "src/attnlab/companion/"  # their cards quote what they complete, and code is full of these marks
     )
