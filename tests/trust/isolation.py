@@ -113,5 +113,9 @@ def astray(written: set[str], scratch: Path) -> set[str]:
     allowed = (f"{scratch}/", "/tmp/", "/var/tmp/", "/dev/")
     home = Path(pwd.getpwuid(NOBODY if os.geteuid() == 0 and can_isolate() else os.geteuid()).pw_dir)
     settings = home / ".config" / "matplotlib"
-    found = {Path(path) for path in written if not path.startswith(allowed)} - {settings, *settings.parents}
+
+    def may(path: str) -> bool:  # a checkout may itself lie in a temporary folder, and is none
+        return path.startswith(allowed) and (path.startswith(f"{scratch}/") or not path.startswith(f"{ROOT}/"))
+
+    found = {Path(path) for path in written if not may(path)} - {settings, *settings.parents}
     return {str(path) for path in found if not {".cache", "__pycache__"} & set(path.parts)}
