@@ -10,7 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -136,6 +137,16 @@ def spread(values: list[float]) -> dict:
         "max": max(values),
         "repetitions": len(values),
     }
+
+
+def seed_by_seed(
+    train: Callable[[tuple[dict, int]], tuple], asked: list[dict], seeds: int
+) -> Iterator[tuple[dict, list]]:
+    """Each of ``asked`` with what ``train((one, seed))`` gave for every seed; all processors work at once."""
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as workers:
+        results = workers.map(train, [(one, seed) for one in asked for seed in range(seeds)])
+        for one in asked:
+            yield one, [next(results) for _ in range(seeds)]
 
 
 def ratios(above: list[float], below: list[float]) -> dict:

@@ -8,11 +8,8 @@ of its own. In the middle of the range also at a gentler learning rate with more
     python benchmarks/latent_seeds.py --quick    seconds, a few steps of one seed; writes nothing
 """
 
-import os
-from concurrent.futures import ProcessPoolExecutor
-
 import torch
-from common import keep, options, script, spread
+from common import keep, options, script, seed_by_seed, spread
 
 from attnlab.tasks import learn_to_fetch
 
@@ -42,13 +39,11 @@ def train(job: tuple[dict, int]) -> tuple[float, int]:
 
 def measure(asked: list[dict], seeds: int) -> list[dict]:
     """A row for each of ``asked``: accuracy and its spread over the seeds."""
-    with ProcessPoolExecutor(max_workers=os.cpu_count()) as workers:
-        results = workers.map(train, [(one, seed) for one in asked for seed in range(seeds)])
-        rows = []
-        for one in asked:
-            accuracies, parameters = zip(*[next(results) for _ in range(seeds)], strict=True)
-            rows.append(one | {"attention_parameters": parameters[0], "accuracy": spread(list(accuracies))})
-            show(rows[-1])
+    rows = []
+    for one, results in seed_by_seed(train, asked, seeds):
+        accuracies, parameters = zip(*results, strict=True)
+        rows.append(one | {"attention_parameters": parameters[0], "accuracy": spread(list(accuracies))})
+        show(rows[-1])
     return rows
 
 

@@ -9,11 +9,8 @@ feed-forward layer to widen); and the width of a single shared K/V head.
     python benchmarks/sharing_seeds.py --quick    seconds, a few steps of one seed; writes nothing
 """
 
-import os
-from concurrent.futures import ProcessPoolExecutor
-
 import torch
-from common import keep, options, script, spread
+from common import keep, options, script, seed_by_seed, spread
 
 from attnlab.tasks import learn_to_fetch
 
@@ -61,18 +58,16 @@ def train(job: tuple[dict, int]) -> tuple[list[float], int, int]:
 
 def measure(asked: list[dict], seeds: int) -> list[dict]:
     """A row for each of ``asked``: the accuracy over all wanted things, its spread over the seeds, and by wanted thing."""
-    with ProcessPoolExecutor(max_workers=os.cpu_count()) as workers:
-        results = workers.map(train, [(one, seed) for one in asked for seed in range(seeds)])
-        rows = []
-        for one in asked:
-            by_wanted, parameters, attention = zip(*[next(results) for _ in range(seeds)], strict=True)
-            accuracies = [sum(each) / len(each) for each in by_wanted]
-            rows.append(
-                one
-                | {"parameters": parameters[0], "attention_parameters": attention[0]}
-                | {"by_wanted": list(by_wanted), "accuracy": spread(accuracies)}
-            )
-            show(rows[-1])
+    rows = []
+    for one, results in seed_by_seed(train, asked, seeds):
+        by_wanted, parameters, attention = zip(*results, strict=True)
+        accuracies = [sum(each) / len(each) for each in by_wanted]
+        rows.append(
+            one
+            | {"parameters": parameters[0], "attention_parameters": attention[0]}
+            | {"by_wanted": list(by_wanted), "accuracy": spread(accuracies)}
+        )
+        show(rows[-1])
     return rows
 
 

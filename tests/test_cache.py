@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from cached_models import KINDS, W, in_chunks, small_model, three_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,26 +20,6 @@ from attnlab.cache import (
 )
 from attnlab.errors import CapacityError, ConfigError, ShapeError
 
-W = 4
-
-
-def model(window=W, n_kv_heads=2):
-    torch.manual_seed(0)
-    return Mistral(
-        MistralConfig(vocab_size=31, d_model=16, n_layers=2, n_heads=4, n_kv_heads=n_kv_heads, d_ff=24, window=window)
-    ).eval()
-
-
-def chunked(m, ids, sizes, **kind):
-    cache, out, t = m.new_cache(ids.shape[0], 64, **kind), [], 0
-    for size in sizes:
-        out.append(m(ids[:, t : t + size], cache))
-        t += size
-    return torch.cat(out, 1), cache
-
-
-KINDS = [{}, {"rolling": False}, {"static": True}, {"rolling": False, "static": True}]
-
 
 @torch.no_grad()
 @settings(deadline=None, max_examples=40)
@@ -48,9 +29,9 @@ KINDS = [{}, {"rolling": False}, {"static": True}, {"rolling": False, "static": 
     kind=st.sampled_from(KINDS),
 )
 def test_chunks_of_any_size_equal_one_pass(sizes, window, kind):
-    m = model(window)
+    m = small_model(window)
     ids = torch.randint(0, 31, (2, sum(sizes)), generator=torch.Generator().manual_seed(sum(sizes)))
-    got, cache = chunked(m, ids, sizes, **kind)
+    got, cache = in_chunks(m, ids, sizes, **kind)
     torch.testing.assert_close(got, m(ids), atol=1e-5, rtol=1e-4)
     assert cache.lengths.tolist() == [sum(sizes)] * 2
 
@@ -59,11 +40,11 @@ def test_chunks_of_any_size_equal_one_pass(sizes, window, kind):
 @pytest.mark.parametrize("chunk", [1, W - 1, W, W + 1, 2 * W + 1])
 @torch.no_grad()
 def test_mask_rolling_cache_and_prefill_agree_around_the_window(length, chunk):
-    m = model()
+    m = small_model()
     ids = torch.randint(0, 31, (1, length + 2), generator=torch.Generator().manual_seed(1))
     sizes = [chunk] * (length // chunk) + ([length % chunk] if length % chunk else []) + [1, 1]
-    rolling, _ = chunked(m, ids, sizes)
-    masked, _ = chunked(m, ids, sizes, rolling=False)
+    rolling, _ = in_chunks(m, ids, sizes)
+    masked, _ = in_chunks(m, ids, sizes, rolling=False)
     torch.testing.assert_close(rolling, m(ids), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(masked, m(ids), atol=1e-5, rtol=1e-4)
 
@@ -75,11 +56,11 @@ def test_a_token_beyond_the_window_changes_nothing_in_one_layer():
     m = Mistral(MistralConfig(vocab_size=31, d_model=16, n_layers=1, n_heads=4, n_kv_heads=2, d_ff=24, window=W))
     ids = torch.randint(0, 31, (1, 10))
     for sizes in ([10], [1] * 10, [7, 3]):
-        last = chunked(m, ids, sizes)[0][:, -1]
+        last = in_chunks(m, ids, sizes)[0][:, -1]
         for back, matters in ((W + 1, False), (W, True)):
             changed = ids.clone()
             changed[0, 10 - back] = (changed[0, 10 - back] + 1) % 31
-            same = torch.allclose(chunked(m, changed, sizes)[0][:, -1], last, atol=1e-6)
+            same = torch.allclose(in_chunks(m, changed, sizes)[0][:, -1], last, atol=1e-6)
             assert same is not matters
 
 
@@ -98,7 +79,7 @@ def test_slot_is_position_mod_window():
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_different_lengths_decode_together(kind):
-    m = model()
+    m = small_model()
     g = torch.Generator().manual_seed(2)
     rows = [torch.randint(0, 31, (1, n), generator=g) for n in (3, 9, 4)]
     cache = m.new_cache(3, 64, **kind)
@@ -117,7 +98,7 @@ def test_rows_of_different_lengths_decode_together(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_reset_forgets(kind):
-    m = model()
+    m = small_model()
     first, second = torch.randint(0, 31, (2, 1, 11), generator=torch.Generator().manual_seed(3))
     cache = m.new_cache(1, 64, **kind)
     m(first, cache)
@@ -126,7 +107,7 @@ def test_reset_forgets(kind):
 
 
 def test_overflow_is_refused_and_leaves_the_cache_usable():
-    m = model(window=None)
+    m = small_model(window=None)
     cache = m.new_cache(1, 5)
     m(torch.zeros(1, 4, dtype=torch.long), cache)
     with pytest.raises(CapacityError, match="holds 5 tokens a row, 4 are in it and 2 more came"):
@@ -136,7 +117,7 @@ def test_overflow_is_refused_and_leaves_the_cache_usable():
 
 
 def test_a_rolling_cache_takes_any_number_in_a_fixed_space():
-    m = model()
+    m = small_model()
     cache = m.new_cache(1)
     before = cache.nbytes
     for _ in range(5):
@@ -146,11 +127,11 @@ def test_a_rolling_cache_takes_any_number_in_a_fixed_space():
 
 
 def test_new_cache_chooses():
-    assert type(model().new_cache(1, 64)) is RollingKVCache
-    assert type(model().new_cache(1, 64, rolling=False)) is KVCache
-    assert type(model().new_cache(1, W)) is KVCache  # nothing would ever be dropped
+    assert type(small_model().new_cache(1, 64)) is RollingKVCache
+    assert type(small_model().new_cache(1, 64, rolling=False)) is KVCache
+    assert type(small_model().new_cache(1, W)) is KVCache  # nothing would ever be dropped
     with pytest.raises(CapacityError, match="max_len"):
-        model(window=None).new_cache(1)
+        small_model(window=None).new_cache(1)
 
 
 def test_what_does_not_fit_is_refused():
@@ -164,7 +145,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ShapeError, match="rows are 0 to 1"):
         cache.row(2)
     with pytest.raises(ShapeError, match="2 rows and 1 came"):
-        m = model()
+        m = small_model()
         m(torch.zeros(1, 3, dtype=torch.long), m.new_cache(2, 8))
     with pytest.raises(CapacityError, match="no room"):
         KVCache(10_000, 10_000, 1_000, 1_000, 1_000)
@@ -183,11 +164,8 @@ def test_the_mask_of_a_full_cache_is_causal_mask():
 @pytest.mark.parametrize("kind", KINDS[:2])
 @torch.no_grad()
 def test_rows_at_the_front_step_alone_and_a_moved_row_goes_on_where_it_was(kind):
-    m = model()
-    ids = torch.randint(0, 31, (3, 12), generator=torch.Generator().manual_seed(2))
-    cache = m.new_cache(3, 64, **kind)
-    for i, length in enumerate((5, 9, 2)):
-        m(ids[i : i + 1, :length], cache.row(i))
+    m = small_model()
+    ids, cache = three_rows(m, 2, **kind)
     stepped = m(torch.stack([ids[0, 5:6], ids[1, 9:10]]), cache.front(2))
     torch.testing.assert_close(stepped[0], m(ids[:1, :6])[0, -1:], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(stepped[1], m(ids[1:2, :10])[0, -1:], atol=1e-5, rtol=1e-4)
@@ -225,11 +203,11 @@ def test_zeros_and_the_largest_numbers_survive_packing():
 @pytest.mark.parametrize("kind", QUANTIZED_KINDS)
 @torch.no_grad()
 def test_in_int8_chunks_and_one_pass_see_the_same_numbers(kind):
-    m = model()
+    m = small_model()
     ids = torch.randint(0, 31, (2, 13), generator=torch.Generator().manual_seed(4))
-    whole, _ = chunked(m, ids, [13], **kind)
+    whole, _ = in_chunks(m, ids, [13], **kind)
     for sizes in ([1] * 13, [3, 4, 6], [W, W + 1, 4]):
-        got, cache = chunked(m, ids, sizes, **kind)
+        got, cache = in_chunks(m, ids, sizes, **kind)
         torch.testing.assert_close(got, whole, atol=1e-3, rtol=0)  # a number may round the other way
         assert cache.k.dtype == torch.int8
     exact = m(ids)
@@ -239,14 +217,11 @@ def test_in_int8_chunks_and_one_pass_see_the_same_numbers(kind):
 @pytest.mark.parametrize("kind", QUANTIZED_KINDS)
 @torch.no_grad()
 def test_rows_in_int8_are_filled_moved_and_decoded_as_any_others(kind):
-    m = model()
-    ids = torch.randint(0, 31, (3, 12), generator=torch.Generator().manual_seed(5))
-    cache = m.new_cache(3, 64, **kind)
-    for i, length in enumerate((5, 9, 2)):
-        m(ids[i : i + 1, :length], cache.row(i))
+    m = small_model()
+    ids, cache = three_rows(m, 5, **kind)
 
     def alone(i, length):
-        return chunked(m, ids[i : i + 1, :length], [length - 1, 1], **kind)[0][0, -1:]
+        return in_chunks(m, ids[i : i + 1, :length], [length - 1, 1], **kind)[0][0, -1:]
 
     stepped = m(torch.stack([ids[0, 5:6], ids[1, 9:10]]), cache.front(2))
     torch.testing.assert_close(stepped[0], alone(0, 6), atol=1e-3, rtol=0)
@@ -257,7 +232,7 @@ def test_rows_in_int8_are_filled_moved_and_decoded_as_any_others(kind):
 
 
 def test_an_int8_cache_has_a_byte_for_each_number_and_two_for_each_scale():
-    m = model()
+    m = small_model()
     rolling, whole = m.new_cache(2, 64, quantize="int8"), m.new_cache(2, 64, rolling=False, quantize="int8")
     assert type(rolling) is QuantizedRollingKVCache and type(whole) is QuantizedKVCache
     assert rolling.nbytes == 2 * 2 * 2 * 2 * W * (4 + 2)  # k and v, layers, batch, K/V heads, slots, head_dim and scale
@@ -267,7 +242,7 @@ def test_an_int8_cache_has_a_byte_for_each_number_and_two_for_each_scale():
 
 
 def test_a_quantized_cache_refuses_what_it_cannot_be():
-    m = model()
+    m = small_model()
     for wrong in ({"quantize": "int3"}, {"quantize": "int8", "dtype": torch.float16}):
         with pytest.raises(ConfigError, match="quantized to 'int8'"):
             m.new_cache(1, 8, **wrong)

@@ -12,8 +12,8 @@
 
 import re
 from html import escape
-from pathlib import Path
 
+import page_mends
 from docutils import nodes
 from sphinx.application import Sphinx
 
@@ -74,16 +74,8 @@ def accessible(page: str, title: str) -> str:
     return page
 
 
-def finish_pages(app: Sphinx, exception: Exception | None) -> None:
-    if exception is None:
-        for path in Path(app.outdir).rglob("*.html"):
-            before = path.read_text(encoding="utf-8")
-            if (page := accessible(before, app.config.html_title)) != before:
-                path.write_text(page, encoding="utf-8")
-
-
 def setup(app: Sphinx) -> dict:
-    app.setup_extension("policy")
     app.connect("doctree-resolved", drop_empty_heads)
-    app.connect("build-finished", finish_pages, priority=800)  # the first page's address is written at 500
+    page_mends.mend(app, lambda page: accessible(page, app.config.html_title))
+    app.setup_extension("policy")  # last: it names the scripts that a page has then
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -15,6 +15,7 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
+import page_mends
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
@@ -84,13 +85,13 @@ def fetch_figures_late(app: Sphinx, doctree: nodes.document, docname: str) -> No
         image["loading"] = "lazy"
 
 
-def finish_pages(app: Sphinx, exception: Exception | None) -> None:
-    """Drop the hints to fetch fonts early: opened from a folder, a browser refuses them and says so on the console."""
+def drop_font_hints(page: str) -> str:
+    """Opened from a folder, a browser refuses to fetch fonts early, and says so on the console."""
+    return FONT_HINT.sub("", page)
+
+
+def leave_nojekyll(app: Sphinx, exception: Exception | None) -> None:
     if exception is None:
-        for page in Path(app.outdir).rglob("*.html"):
-            text = page.read_text(encoding="utf-8")
-            if FONT_HINT.search(text):
-                page.write_text(FONT_HINT.sub("", text), encoding="utf-8")
         (Path(app.outdir) / ".nojekyll").touch()
 
 
@@ -104,5 +105,6 @@ def setup(app: Sphinx) -> dict:
     app.connect("html-page-context", leave_out_thebe_styles)
     app.connect("doctree-resolved", check_alternative_texts)
     app.connect("doctree-resolved", fetch_figures_late)
-    app.connect("build-finished", finish_pages)
+    app.connect("build-finished", leave_nojekyll)
+    page_mends.mend(app, drop_font_hints)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -9,8 +9,8 @@ import base64
 import hashlib
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
+import page_mends
 from sphinx.application import Sphinx
 
 META = '<meta http-equiv="Content-Security-Policy" content="{}">'
@@ -75,14 +75,6 @@ def with_policy(page: str) -> str:
     return f"{page[: head.end()]}{META.format(policy(page))}\n{page[head.end() :]}" if head else page
 
 
-def finish_pages(app: Sphinx, exception: Exception | None) -> None:
-    if exception is None:
-        for path in Path(app.outdir).rglob("*.html"):
-            before = path.read_text(encoding="utf-8")
-            if (page := with_policy(before)) != before:
-                path.write_text(page, encoding="utf-8")
-
-
 def setup(app: Sphinx) -> dict:
-    app.connect("build-finished", finish_pages, priority=900)  # when nothing else changes a page any more
+    page_mends.mend(app, with_policy)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

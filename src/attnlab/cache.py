@@ -288,20 +288,8 @@ class QuantizedKVCache(KVCache):
     Raises ConfigError for sizes below 1 (or a CapacityError where memory for them is not to be had).
     """
 
-    def __init__(
-        self,
-        n_layers: int,
-        batch: int,
-        n_kv_heads: int,
-        head_dim: int,
-        max_len: int,
-        window: int | None = None,
-        device: torch.device | str = "cpu",
-        static: bool = False,
-    ) -> None:
-        super().__init__(
-            n_layers, batch, n_kv_heads, packed_bytes(head_dim), max_len, window, torch.int8, device, static
-        )
+    def __init__(self, n_layers: int, batch: int, n_kv_heads: int, head_dim: int, *sizes: int | None, **where) -> None:
+        super().__init__(n_layers, batch, n_kv_heads, packed_bytes(head_dim), *sizes, dtype=torch.int8, **where)
 
     def update(self, layer, k, v):
         if k.shape[-1] != self.k.shape[4] - SCALE_BYTES:
@@ -312,19 +300,6 @@ class QuantizedKVCache(KVCache):
 
 class QuantizedRollingKVCache(QuantizedKVCache, RollingKVCache):
     """The last ``window`` tokens in int8: a ``RollingKVCache`` that packs what it keeps as ``QuantizedKVCache`` does."""
-
-    def __init__(
-        self,
-        n_layers: int,
-        batch: int,
-        n_kv_heads: int,
-        head_dim: int,
-        window: int,
-        device: torch.device | str = "cpu",
-        static: bool = False,
-    ) -> None:
-        size = packed_bytes(head_dim)
-        RollingKVCache.__init__(self, n_layers, batch, n_kv_heads, size, window, torch.int8, device, static)
 
 
 def packed_bytes(head_dim: int) -> int:
@@ -342,11 +317,15 @@ def quantize_heads(x: Float[Tensor, "*b D"]) -> Int[Tensor, "*b packed"]:
     >>> quantize_heads(torch.tensor([254.0, -3.0, 0.5]))[:3]
     tensor([127,  -2,   0], dtype=torch.int8)
     """
-    x = x.detach().float()
+    codes, scale = rounded_to_int8(x.detach().float())
+    return torch.cat((codes, scale.view(torch.int8)), dim=-1)
+
+
+def rounded_to_int8(x: Float[Tensor, "*b D"]) -> tuple[Int[Tensor, "*b D"], Float[Tensor, "*b 1"]]:
+    """Whole numbers from -127 to 127, and the bfloat16 scale that the D numbers of each vector share."""
     tiny = torch.finfo(torch.bfloat16).tiny  # zeros need a scale that can be divided by
     scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(tiny).to(torch.bfloat16)  # (…, 1)
-    codes = (x / scale.float()).round_().clamp_(-127, 127).to(torch.int8)
-    return torch.cat((codes, scale.view(torch.int8)), dim=-1)
+    return (x / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 def restore_heads(packed: Int[Tensor, "*b packed"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*b D"]:

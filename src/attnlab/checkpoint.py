@@ -34,7 +34,7 @@ import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,8 +45,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attnlab.errors import AttnlabError, CapacityError, CheckpointError, ConfigError, first_line, ran_out_of_memory
-from attnlab.files import JSON_LIMIT, brief, check_file, line, read_json, shown
+from attnlab.errors import CapacityError, CheckpointError, ConfigError, first_line, ran_out_of_memory
+from attnlab.files import JSON_LIMIT, brief, check_file, damage_is_said, line, read_json, shown
 from attnlab.kernels import suit_processor_
 from attnlab.memory import weight_bytes
 from attnlab.mistral import Mistral, MistralConfig
@@ -373,20 +373,18 @@ def _open(file: Path) -> AbstractContextManager:
         return nullcontext(_dict_of_tensors(file, torch.load(file, map_location="cpu", weights_only=True, mmap=True)))
 
 
-@contextmanager
-def _damage_is_said(file: Path) -> Iterator[None]:
-    """Whatever the readers of a weight file stumble over, a dozen kinds of exceptions, is a CheckpointError."""
+def _damage_is_said(file: Path) -> AbstractContextManager:
+    """For the readers of a weight file."""
     check_file(file)
-    try:
-        yield
-    except AttnlabError:
-        raise
-    except Exception as error:
+
+    def say(reason: str) -> str:
         size = f"{file.stat().st_size:,} bytes" if file.exists() else "nothing"
-        raise CheckpointError(
-            f"{file}: expected a whole weight file; got {size} that cannot be read as one ({line(error)}). "
+        return (
+            f"{file}: expected a whole weight file; got {size} that cannot be read as one ({reason}). "
             "It may be cut off: download it again"
-        ) from error
+        )
+
+    return damage_is_said(say)
 
 
 def _header(file: Path) -> list[tuple[str, _StoredTensor]]:
@@ -510,28 +508,15 @@ def load_model(
     layout, config = _layout(folder), read_config(folder)
     stored = _stored_tensors(folder, layout)
     dtype = _main_dtype(stored) if dtype is None else parse_dtype(dtype)
-    if config.n_layers > len(stored):  # or a damaged config would have us build a million layers to say so
-        raise CheckpointError(
-            f"{folder}: expected {config.n_layers} layers; its files hold {len(stored)} tensors in all"
-        )
-    try:
-        with _ShapesOnly():
-            model = Mistral(config)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder}: no tensors can have the sizes its config gives: {error}") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_embeddings:
-        del wanted["lm_head.weight"]
-    _check_tensors(folder, layout, config, wanted, stored)
+    model, names = _checked_model(folder, layout, config, stored)
     quantized = {f"{name}.weight" for name in linear_names(model, quantize)} if quantize else set()
 
     from tqdm.auto import tqdm
 
     total = weight_bytes(config, dtype, quantize)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {config.name}", delay=2, disable=not progress)
-    sources = [stored_name(name, layout) for name in wanted]
-    with bar, closing(_in_turn(sources, stored, _cached(total, device))) as tensors:
-        for name in wanted:
+    with bar, closing(_in_turn(list(names.values()), stored, _cached(total, device))) as tensors:
+        for name in names:
             try:
                 tensor = next(tensors)
                 heads = _permuted_heads(name, config)
@@ -638,6 +623,26 @@ def _permuted_heads(name: str, config: MistralConfig) -> int | None:
     if name.endswith("attention.q_proj.weight"):
         return config.n_heads
     return config.n_kv_heads if name.endswith("attention.k_proj.weight") else None
+
+
+def _checked_model(
+    folder: Path, layout: Layout, config: MistralConfig, stored: dict[str, _StoredTensor]
+) -> tuple[Mistral, dict[str, str]]:
+    """The model without memory for its matrices, and its parameters' names in the files, once all are seen to be there."""
+    if config.n_layers > len(stored):  # or a damaged config would have us build a million layers to say so
+        raise CheckpointError(
+            f"{folder}: expected {config.n_layers} layers; its files hold {len(stored)} tensors in all"
+        )
+    try:
+        with _ShapesOnly():
+            model = Mistral(config)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: no tensors can have the sizes its config gives: {error}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_embeddings:
+        del wanted["lm_head.weight"]
+    _check_tensors(folder, layout, config, wanted, stored)
+    return model, {name: stored_name(name, layout) for name in wanted}
 
 
 def _check_tensors(

@@ -8,9 +8,11 @@ import json
 import os
 import reprlib
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from attnlab.errors import CheckpointError
+from attnlab.errors import AttnlabError, CheckpointError
 
 JSON_LIMIT = 4_000_000  # bytes; configs, indices and headers of a model of a hundred layers have a tenth
 
@@ -53,6 +55,17 @@ def read_json(file: Path, limit: int = JSON_LIMIT) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} should hold a JSON object {{…}}; it holds a {type(content).__name__}")
     return content
+
+
+@contextmanager
+def damage_is_said(say: Callable[[str], str]) -> Iterator[None]:
+    """Whatever a library stumbles over in a file, a dozen kinds of exceptions, is a CheckpointError: ``say`` makes its message."""
+    try:
+        yield
+    except (AttnlabError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # those in Rust panic, which is no Exception
+        raise CheckpointError(say(line(error))) from error
 
 
 def brief(value: object) -> str:

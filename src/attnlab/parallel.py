@@ -55,7 +55,6 @@ from attnlab.checkpoint import parse_dtype, read_config, stored_dtype, stored_na
 from attnlab.errors import (
     AttnlabError,
     CapacityError,
-    CheckpointError,
     ConfigError,
     InputError,
     RankError,
@@ -391,16 +390,8 @@ def _checked(folder: Path, config: MistralConfig) -> dict[str, tuple[str, Any]]:
     """What is stored of each parameter of ``Mistral(config)``, and under which name, once all is seen to be there."""
     layout = checkpoint._layout(folder)
     stored = checkpoint._stored_tensors(folder, layout)
-    if config.n_layers > len(stored):
-        raise CheckpointError(
-            f"{folder}: expected {config.n_layers} layers; its files hold {len(stored)} tensors in all"
-        )
-    with checkpoint._ShapesOnly():
-        wanted = {name: tuple(tensor.shape) for name, tensor in Mistral(config).state_dict().items()}
-    if config.tie_embeddings:
-        del wanted["lm_head.weight"]
-    checkpoint._check_tensors(folder, layout, config, wanted, stored)
-    return {name: (on_disk := stored_name(name, layout), stored[on_disk]) for name in wanted}
+    _, names = checkpoint._checked_model(folder, layout, config, stored)
+    return {name: (on_disk, stored[on_disk]) for name, on_disk in names.items()}
 
 
 def _fill(
@@ -659,6 +650,12 @@ def all_reduce_seconds(mesh: DeviceMesh, sizes: Sequence[int], repeats: int = 50
 # ---- torchrun -m attnlab.parallel -------------------------------------------------------------------------------------
 
 
+def _say(line: str) -> None:
+    """With its end in one piece: ``print`` writes two under torchrun, and another rank's may come between."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """What ``torchrun -m attnlab.parallel`` runs in every process; its exit code. The text comes from rank 0."""
     parser = argparse.ArgumentParser(
@@ -675,7 +672,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with process_group() as mesh:
             lm = load_part(asked.model, mesh, asked.dtype)
-            print(lm, file=sys.stderr, flush=True)
+            _say(str(lm))
             seed = [random.getrandbits(31) if asked.seed is None else asked.seed]
             dist.broadcast_object_list(seed, src=0)  # all must choose the same token
             for piece in stream(lm, asked.prompt, asked.max_new_tokens, asked.temperature, seed=seed[0]):
@@ -684,7 +681,7 @@ def main(args: Sequence[str] | None = None) -> int:
             if lm.rank == 0:
                 print()
     except AttnlabError as error:  # every rank says so: the first that ends takes the others with it
-        print(f"attnlab: rank {rank} of {ranks}: {error}", file=sys.stderr, flush=True)
+        _say(f"attnlab: rank {rank} of {ranks}: {error}")
         return 2 if isinstance(error, ConfigError | InputError) else 1
     return 0
 

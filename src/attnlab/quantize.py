@@ -28,6 +28,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attnlab.cache import rounded_to_int8
 from attnlab.errors import ConfigError, ShapeError
 from attnlab.memory import QUANTIZED
 from attnlab.mistral import Mistral, MistralConfig
@@ -177,14 +178,14 @@ class QuantizedLinear(nn.Module):
 
 def _quantized(w: Tensor, quantize: Quantize) -> tuple[Tensor, Tensor]:
     """Whole numbers and scales of some rows w (out, in): int8 and (out,); or int32 from 0 to 15 and (out, groups, 2)."""
-    tiny = torch.finfo(torch.bfloat16).tiny  # zeros need a scale that can be divided by
     if quantize == "int8":
-        scale = (w.abs().amax(1) / 127).clamp_min(tiny).to(torch.bfloat16)
-        return (w / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+        codes, scale = rounded_to_int8(w)
+        return codes, scale[:, 0]
     w = rearrange(w, "out (g k) -> out g k", k=GROUP)
     low, high = w.amin(-1), w.amax(-1)  # four times as fast as aminmax
     # 15 steps from the least to the greatest, and a little more: rounding the offset moves them by up to 2^-8 of it
     span = high - low + torch.maximum(low.abs(), high.abs()) * 2.0**-7
+    tiny = torch.finfo(torch.bfloat16).tiny  # zeros need a scale that can be divided by
     scale = (span / 15).clamp_min(tiny).to(torch.bfloat16)
     offset = ((low + high + scale.float()) / 2).to(torch.bfloat16)  # q = 7.5 is the middle
     codes = (w - offset.float()[..., None]).div_(scale.float()[..., None]).add_(8).round_().clamp_(0, 15)

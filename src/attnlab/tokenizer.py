@@ -22,14 +22,14 @@ gives other ids than V1 does. Compare ids, never strings.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from attnlab.errors import AttnlabError, CheckpointError, InputError
-from attnlab.files import brief, check_file, line, read_json, read_text
+from attnlab.errors import CheckpointError, InputError
+from attnlab.files import brief, check_file, damage_is_said, line, read_json, read_text
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
@@ -314,15 +314,9 @@ def _read_json(path: Path) -> dict:
     return read_json(path) if path.is_file() else {}
 
 
-@contextmanager
-def _damage_is_said(path: Path, what: str) -> Iterator[None]:
-    """Whatever the tokenizers' libraries stumble over becomes CheckpointError."""
-    try:
-        yield
-    except (AttnlabError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # those in Rust panic, which is no Exception
-        raise CheckpointError(f"{path} is not {what}: {line(error)}") from error
+def _damage_is_said(path: Path, what: str) -> AbstractContextManager:
+    """For the tokenizers' libraries."""
+    return damage_is_said(lambda reason: f"{path} is not {what}: {reason}")
 
 
 def _sentencepiece_bytes(piece: str) -> bytes:

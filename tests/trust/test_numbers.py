@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from cached_models import KINDS, W, in_chunks, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -330,33 +331,19 @@ def test_angles_of_another_shape_never_broadcast_in_silence(cos, sin):
 
 # ---- caches -----------------------------------------------------------------------------------------------------------
 
-W = 4
-KINDS = [{}, {"rolling": False}, {"static": True}, {"rolling": False, "static": True}]
-
-
-def small_model(dtype=torch.float32, window=W):
-    torch.manual_seed(0)
-    config = MistralConfig(vocab_size=31, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, window=window)
-    return Mistral(config).to(dtype).eval()
-
-
-def in_chunks(model, ids, chunk, **kind):
-    cache = model.new_cache(ids.shape[0], 64, **kind)
-    return torch.cat([model(part, cache) for part in ids.split(chunk, 1)], 1)
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_prefill_decode_and_chunks_around_the_window_agree_in_every_dtype(dtype, kind):
-    model = small_model(dtype)
+    model = small_model(dtype=dtype)
     ids = torch.randint(0, 31, (2, 2 * W + 1), generator=torch.Generator().manual_seed(4))
     whole = model(ids)
     for chunk in (1, W - 1, W, W + 1, 2 * W):
         off = 32 * torch.finfo(dtype).eps * float(whole.abs().max())
-        if dtype == torch.float64:  # the norms compute in float32, and so do the angles
+        if dtype == torch.float64:  # the angles are in float32
             off = 1e-6
-        torch.testing.assert_close(in_chunks(model, ids, chunk, **kind), whole, atol=off, rtol=0)
+        torch.testing.assert_close(in_chunks(model, ids, chunk, **kind)[0], whole, atol=off, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -365,7 +352,7 @@ def test_a_cache_may_keep_another_dtype_than_the_model_computes_in(kind):
     model = small_model()
     ids = torch.randint(0, 31, (2, 2 * W + 1), generator=torch.Generator().manual_seed(5))
     whole = model(ids)
-    by_chunk = [in_chunks(model, ids, chunk, dtype=torch.bfloat16, **kind) for chunk in (1, 3, W, W + 1, 2 * W)]
+    by_chunk = [in_chunks(model, ids, chunk, dtype=torch.bfloat16, **kind)[0] for chunk in (1, 3, W, W + 1, 2 * W)]
     for got in by_chunk:
         assert got.dtype == torch.float32
         torch.testing.assert_close(
