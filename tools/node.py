@@ -4,8 +4,12 @@ Prints its path. Without one it says so in a line, and fails where CI is set. St
 """
 
 import shutil
+import subprocess
+from pathlib import Path
 
 from chromium import provide
+
+BUILD = Path(__file__).resolve().parent.parent / "_build"
 
 MISSING = (
     "no Node.js, for the Worker of chapter 13 and for slides: install it (Debian, Ubuntu: apt-get install nodejs npm)"
@@ -15,6 +19,20 @@ MISSING = (
 def find() -> str | None:
     """The path of node, if npm is there as well, or None."""
     return shutil.which("node") if shutil.which("npm") else None
+
+
+def with_packages(source: Path) -> Path:
+    """A copy of a folder in _build with what its package-lock.json names, kept while that stays. Raises OSError if npm fails."""
+    target, lock = BUILD / source.name, (source / "package-lock.json").read_text()
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    installed = target / "node_modules" / "installed"
+    if not installed.exists() or installed.read_text() != lock:
+        command = ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
+        done = subprocess.run(command, cwd=target, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise OSError(f"npm could not bring what {source.name} needs\n{done.stderr}")
+        installed.write_text(lock)
+    return target
 
 
 if __name__ == "__main__":

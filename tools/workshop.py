@@ -25,6 +25,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 from node import find as find_node
+from node import with_packages
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
@@ -270,18 +271,11 @@ def reveal_js() -> Path | None:
     if find_node() is None:
         print(NO_NODE, file=sys.stderr)
         return None
-    source, target = TOOLS / "reveal", ROOT / "_build" / "reveal"
-    lock = (source / "package-lock.json").read_text()
-    installed = target / "node_modules" / "installed"
-    if not installed.exists() or installed.read_text() != lock:
-        shutil.copytree(source, target, dirs_exist_ok=True)
-        command = ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
-        done = subprocess.run(command, cwd=target, capture_output=True, text=True)
-        if done.returncode:
-            print(f"no slides: npm could not bring reveal.js\n{done.stderr}", file=sys.stderr)
-            return None
-        installed.write_text(lock)
-    return target / "node_modules" / "reveal.js"
+    try:
+        return with_packages(TOOLS / "reveal") / "node_modules" / "reveal.js"
+    except OSError as error:
+        print(f"no slides: {error}", file=sys.stderr)
+        return None
 
 
 def write_slides(out: Path, notebooks: list[Path], reveal: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import attnlab
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
-from node import MISSING, find  # noqa: E402
+from node import MISSING, find, with_packages  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +24,7 @@ def folder():
     """book/worker with miniflare installed, kept in _build while the versions stay."""
     if find() is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(MISSING)
-    source, target = ROOT / "book" / "worker", ROOT / "_build" / "worker"
-    shutil.copytree(source, target, dirs_exist_ok=True)
-    lock, installed = source / "package-lock.json", target / "node_modules" / "installed"
-    if not installed.exists() or installed.read_text() != lock.read_text():
-        command = ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
-        done = subprocess.run(command, cwd=target, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        installed.write_text(lock.read_text())
-    return target
+    return with_packages(ROOT / "book" / "worker")
 
 
 @contextmanager
