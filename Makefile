@@ -51,7 +51,7 @@ bench: book ## measure against peers, write benchmarks/results
 	@$(RUN) benchmarks/conversion.py
 	@$(RUN) benchmarks/serving.py
 	@$(RUN) benchmarks/loading.py
-	@$(RUN) benchmarks/quantize.py --sections half full
+	@$(RUN) benchmarks/quantize.py --sections half full kernels
 	@$(RUN) benchmarks/explorers.py
 	@$(RUN) benchmarks/live.py
 	@$(RUN) benchmarks/notebook_memory.py

@@ -4,12 +4,13 @@
               likeliest token stays the same; needs the folder of the companion's training run
     half      decoding with half a billion parameters, every form and transformers interleaved in one run
     full      the shape of Mistral 7B, each form in a process of its own: what it holds, and tokens a second
+    kernels   one row times one matrix of those two shapes: weights a second, by torch's kernels and by others
 
-The weights of the last two are random: good for memory and speed, they say nothing about text. A section is written when it is
+The weights of the last three are random: good for memory and speed, they say nothing about text. A section is written when it is
 done; one that is in the record already is skipped.
 
-    python benchmarks/quantize.py --run FOLDER           all three, a quarter of an hour; writes results/quantize-<machine>.json
-    python benchmarks/quantize.py --sections half full   needs no training run
+    python benchmarks/quantize.py --run FOLDER           all of them, a quarter of an hour; writes results/quantize-<machine>.json
+    python benchmarks/quantize.py --sections half full kernels   need no training run
     python benchmarks/quantize.py --quick                every branch at toy size, writes nothing
 """
 
@@ -37,6 +38,7 @@ from common import (
 )
 from gpu_peers import transformers_model, transformers_rate
 from gpu_tools import Setting, decode_rate, full, measured_bandwidth, random_ids, random_model, speed_row, toy
+from kernel_peers import kernel_rows
 from torch import nn
 from tqdm import tqdm
 
@@ -130,7 +132,7 @@ def held_out_files(run: Path) -> list:
 
     if not (run / "corpus.json.gz").is_file():
         raise InputError(
-            f"{run} holds no training run: give the folder with its corpus.json.gz, or --sections half full"
+            f"{run} holds no training run: give the folder with its corpus.json.gz, or --sections half full kernels"
         )
     return held_out(Corpus.load(run / "corpus.json.gz"), BPE.from_file(str(run / "tokenizer.json")))
 
@@ -250,6 +252,22 @@ def alone_at_full_shape(s: Setting, form: str, threads: int) -> list[dict]:
     return [row | {"read_bytes_per_second_after": again["read_bytes_per_second"]} for row in rows]
 
 
+def kernels(s: Setting, configs: list[MistralConfig], **options: int) -> dict:
+    """Every kernel on a matrix of each shape."""
+    read, _ = measured_bandwidth(s)
+    rows, left_out = [], []
+    for config in configs:
+        some, left_out = kernel_rows(config, s.repetitions, **options)
+        for row in some:
+            print(
+                f"  {row['what']:<17}{row['rows']:>7,} × {row['columns']:<6,}"
+                f"{row['weights_per_second']['median'] / 1e9:6.1f} G weights/s",
+                flush=True,
+            )
+        rows += [{"shape": config.name, **row} for row in some]
+    return {"bandwidth": read, "rows": rows} | ({"left_out": left_out} if left_out else {})
+
+
 def made_in_place(s: Setting, quantize: str | None) -> Mistral:
     """A random model, each matrix made and put into its form before the next: it never exists in 16 bits as a whole."""
     if quantize is None:
@@ -305,18 +323,20 @@ def sections(quick: bool, run: Path | None, repetitions: int) -> dict[str, Calla
             "quality": lambda: quality(own_files(2)),
             "half": lambda: half(s),
             "full": lambda: full_shape(replace(s, dtype="bfloat16", limit=None)),
+            "kernels": lambda: kernels(s, [s.config], nbytes=100_000),
         }
     s = replace(full("cpu"), contexts=(128, 2048), steps=16, bandwidth_bytes=1_000_000_000, repetitions=repetitions)
     return {
         "quality": lambda: quality(held_out_files(run)),
         "half": lambda: half(replace(s, config=HALF, dtype="float32")),
         "full": lambda: full_shape(replace(s, config=PRESETS["mistral-7b-v0.1"], contexts=(128,), steps=8)),
+        "kernels": lambda: kernels(s, [HALF, PRESETS["mistral-7b-v0.1"]]),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("quality", "half", "full")
+    names = ("quality", "half", "full", "kernels")
     parser.add_argument("--sections", nargs="+", choices=names, default=list(names), help="which (all)")
     parser.add_argument("--run", type=Path, help="the folder of the companion's training run, for its held-out files")
     parser.add_argument("--quick", action="store_true", help="toy sizes, no record")
@@ -329,7 +349,9 @@ def main() -> int:
     if args.repetitions < 1 or (args.threads is not None and args.threads < 1):
         parser.error("--repetitions and --threads are 1 or more")
     if "quality" in args.sections and args.run is None and not args.quick:
-        parser.error("quality needs --run, the folder of the companion's training run; or choose --sections half full")
+        parser.error(
+            "quality needs --run, the folder of the companion's training run; or choose --sections half full kernels"
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
