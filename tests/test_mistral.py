@@ -118,3 +118,6 @@ def test_input_that_cannot_be_used():
         model(torch.zeros(1, 3))
     with pytest.raises(ShapeError, match=r"\(B, T\)"):
         model(torch.zeros(3, dtype=torch.long))
+    for outside in (9, -1):
+        with pytest.raises(InputError, match="from 0 to 8; got .*" + str(outside)):
+            model(torch.tensor([[3, outside]]))

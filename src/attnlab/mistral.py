@@ -130,7 +130,7 @@ class Mistral(nn.Module):
             on_weights: called as ``on_weights(layer, weights)`` with each layer's attention weights (B, H, T, S), one
                 layer at a time, so that nobody need hold them all.
 
-        Raises ShapeError for ids that are not (B, T), InputError for none, CapacityError for a cache that is too short.
+        Raises ShapeError for ids that are not (B, T), InputError for none or ids outside the vocabulary, CapacityError for a cache that is too short.
         """
         if ids.dim() != 2 or ids.is_floating_point():
             raise ShapeError(f"expected ids (B, T) of whole numbers; got {tuple(ids.shape)} of {ids.dtype}")
@@ -141,7 +141,12 @@ class Mistral(nn.Module):
             raise ShapeError(f"the cache holds {cache.batch} rows and {B} came")
         positions = torch.arange(T, device=ids.device) if cache is None else cache.positions(T)
         rotation = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        x = self.embed(ids)  # (B, T, d)
+        try:
+            x = self.embed(ids)  # (B, T, d)
+        except IndexError:  # on a CPU; a GPU says it later, in its own words
+            raise InputError(
+                f"expected ids from 0 to {self.config.vocab_size - 1}; got {int(ids.min())} to {int(ids.max())}"
+            ) from None
         for i, block in enumerate(self.blocks):
             x = block(x, rotation=rotation, cache=cache, layer=i, on_weights=on_weights)
         if cache is not None:
