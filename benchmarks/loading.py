@@ -2,7 +2,7 @@
 
 A checkpoint of Mistral 7B's full shape, bfloat16 in shards, random weights, is written first. Then, in each round: its files
 leave the page cache and are read in order, past it and through it; they leave it again and are loaded in a process of its own by
-``attnlab.checkpoint.load_model``, on the CPU. The targets: 80 % of the disk's own speed, which is the faster way of reading,
+``attnlab.checkpoint.load_model``, on the CPU. As much memory is written once, with nothing read. The targets: 80 % of the disk's own speed, which is the faster way of reading,
 and less than 1.5 GB of memory beyond weights and page cache. Rounds take turns in what comes first.
 
     python benchmarks/loading.py --folder /a/disk    minutes, 15 GB of disk and of memory; writes results/loading-<machine>.json
@@ -65,6 +65,13 @@ def read_past_the_page_cache(files: list[Path]) -> None:
             os.close(opened)
 
 
+def write_fresh_memory(nbytes: int) -> None:
+    """As many bytes as the weights, asked of the system and written for the first time: what loading can't do without."""
+    part = 64 * 2**20
+    taken = [torch.empty(min(part, nbytes - at), dtype=torch.uint8).fill_(1) for at in range(0, nbytes, part)]
+    del taken
+
+
 def load_here(folder: str) -> None:
     """What the process of its own does: loads, and prints seconds and bytes."""
     with host_bytes_taken() as host:
@@ -98,6 +105,7 @@ def measure(config: MistralConfig, folder: Path, repetitions: int) -> dict:
         ways = [
             ("read past the page cache", timed(partial(read_past_the_page_cache, files))),
             ("read through it, cold", timed(partial(read_all, files))),
+            ("memory written for the first time", timed(partial(write_fresh_memory, nbytes))),
             ("loaded, cold", partial(load_elsewhere, Path(parent))),
         ]
         try:
@@ -116,7 +124,7 @@ def measure(config: MistralConfig, folder: Path, repetitions: int) -> dict:
         where = file_system(Path(parent))
     loads = found["loaded, cold"]
     seconds = {what: list(map(seconds_of, results)) for what, results in found.items()}
-    *reads, load = seconds.values()
+    *reads, _, load = seconds.values()
     read = min(reads, key=statistics.median)
     beyond = [one["most"] - one["weights"] for one in loads if one["most"] is not None]
     return {

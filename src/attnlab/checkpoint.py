@@ -24,7 +24,6 @@ Sources: transformers ``configuration_mistral.py`` and ``convert_mistral_weights
 
 import errno
 import json
-import mmap
 import os
 import pickletools
 import re
@@ -61,7 +60,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _HF_FILE, _HF_INDEX, _NATIVE_FILE = "model.safetensors", "model.safetensors.index.json", "consolidated.safetensors"
 _READERS = 2  # tensors read at a time: one waits for the disk while the other is copied
 _READ_BYTES = 16 * 2**20  # asked of the system at a time
-_BLOCK = 4096  # what is read past the page cache begins and ends at a multiple of it
 _SIZE_LIMIT = 10_000_000  # no vocabulary, width or window comes near
 _LAYER_LIMIT = 10_000
 _PICKLE_LIMIT = 1_000_000  # bytes; names and shapes of 7B take 40 thousand, and a hostile byte makes 72 in memory
@@ -578,10 +576,8 @@ def _read(name: str, stored: _StoredTensor, tensor: Tensor, cached: bool) -> Ten
     """``tensor``, with what the file holds. Read, not mapped: where memory is short, mapped pages come at half the disk's speed."""
     rest = memoryview(tensor.flatten().view(torch.uint8).numpy())
     try:
-        if not cached:
-            rest = _read_past_page_cache(stored, rest)
         with open(stored.file, "rb", buffering=0) as opened:
-            opened.seek(stored.offset + stored.nbytes - len(rest))
+            opened.seek(stored.offset)
             while n := opened.readinto(rest[:_READ_BYTES]):
                 rest = rest[n:]
             if not cached:  # making room for pages that nobody will find again costs more than the disk
@@ -591,35 +587,6 @@ def _read(name: str, stored: _StoredTensor, tensor: Tensor, cached: bool) -> Ten
     if rest:
         raise CheckpointError(f"{stored.file}: ends within {name}. It may be cut off: download it again")
     return tensor
-
-
-def _read_past_page_cache(stored: _StoredTensor, rest: memoryview) -> memoryview:
-    """What is left of ``rest`` once the disk has written into it what it can; all, where the file can't be read that way.
-
-    The disk writes whole blocks to a place that begins at one, which a tensor in a file doesn't: they are copied from there.
-    """
-    try:
-        opened = os.open(stored.file, os.O_RDONLY | os.O_DIRECT) if rest else None
-    except (AttributeError, OSError):  # a system, or a file system, without it
-        opened = None
-    if opened is None:
-        return rest
-    at, skip = stored.offset - stored.offset % _BLOCK, stored.offset % _BLOCK
-    try:
-        with mmap.mmap(-1, min(_READ_BYTES, (skip + len(rest) + _BLOCK - 1) // _BLOCK * _BLOCK)) as blocks:
-            while rest and (n := os.preadv(opened, [blocks], at)) > skip:
-                got = memoryview(blocks)[skip:n][: len(rest)]
-                rest[: len(got)] = got
-                rest, at, skip = rest[len(got) :], at + n, 0
-                got.release()
-                if n % _BLOCK:  # the end of the file
-                    break
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # blocks of another size
-            raise
-    finally:
-        os.close(opened)
-    return rest
 
 
 class _ShapesOnly(TorchFunctionMode):
