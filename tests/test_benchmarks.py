@@ -154,9 +154,20 @@ def test_the_quantize_script_runs_every_section_and_writes_nothing_when_quick():
     before = records()
     done = run("quantize.py", "--quick")
     assert done.returncode == 0, done.stderr
-    for part in ("quality\n  float32", "half\n  transformers float32", "attnlab int4", "full\n  bfloat16", "\n  int4 "):
+    parts = ("quality\n  float32", "half\n  transformers float32", "attnlab int4", "full\n  bfloat16", "\n  int4 ")
+    for part in (*parts, "kernels\n  torch float32"):
         assert part in done.stdout
     assert records() == before
+
+
+def test_a_kernel_that_computes_something_else_is_not_measured(script, monkeypatch):
+    kernel_peers, config = script("kernel_peers"), script("quantize").toy().config
+    rows, left_out = kernel_peers.kernel_rows(config, 1, nbytes=100_000)
+    assert {row["what"] for row in rows} >= {"torch float32", "torch bfloat16", "torch int8", "torch int4"}
+    assert all("not installed" in row["why"] or "without it" in row["why"] for row in left_out)
+    monkeypatch.setattr(kernel_peers.F, "linear", lambda x, matrix: 2 * (x @ matrix.T))
+    with pytest.raises(AssertionError, match="torch float32 computes something else"):
+        kernel_peers.kernel_rows(config, 1, nbytes=100_000)
 
 
 def test_the_quantize_script_says_what_quality_needs(tmp_path):

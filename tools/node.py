@@ -28,7 +28,10 @@ def with_packages(source: Path) -> Path:
     installed = target / "node_modules" / "installed"
     if not installed.exists() or installed.read_text() != lock:
         command = ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
-        done = subprocess.run(command, cwd=target, capture_output=True, text=True, timeout=300)
+        try:
+            done = subprocess.run(command, cwd=target, capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired:
+            raise OSError(f"npm brought nothing for {source.name} in five minutes") from None
         if done.returncode:
             raise OSError(f"npm could not bring what {source.name} needs\n{done.stderr}")
         installed.write_text(lock)
