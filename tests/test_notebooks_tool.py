@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 
@@ -27,3 +28,13 @@ def test_a_widget_with_nothing_beside_it_is_left_for_its_author_to_see():
     notebook = v4.new_notebook(cells=[v4.new_code_cell("x", outputs=[v4.new_output("display_data", data=data)])])
     normalise(notebook)
     assert WIDGET_VIEW in notebook.cells[0].outputs[0].data
+
+
+def test_what_reads_pythons_source_is_compared_on_the_python_that_made_it_alone():
+    from conftest import COMMITTED_WITH, leave_uncompared
+
+    cells = [v4.new_code_cell("x", metadata={"tags": tags}) for tags in ([], ["hide-input"], ["reads-python"])]
+    items = [SimpleNamespace(cell=cell, options={"check": True}) for cell in cells] + [SimpleNamespace()]
+    assert leave_uncompared(items, COMMITTED_WITH) == []
+    assert leave_uncompared(items, "3.14") == [items[2]]
+    assert [item.options["check"] for item in items[:3]] == [True, True, False]
