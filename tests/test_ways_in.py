@@ -200,6 +200,12 @@ def test_the_nightly_run_tests_with_the_newest_torch_and_transformers():
     assert workflow["permissions"] == {"contents": "read", "issues": "write"}
 
 
+def test_the_nightly_run_tests_on_a_newer_python():
+    (version,) = (step["with"]["python-version"] for step in steps("nightly", "python") if "with" in step)
+    assert tuple(map(int, version.split("."))) > (3, 11)
+    assert "bash .ci/run" in commands("nightly", "python")
+
+
 @pytest.mark.parametrize(("open_issue", "said"), [("", "issue create"), ("7", "issue comment 7")])
 def test_a_nightly_failure_opens_one_issue_and_then_adds_to_it(tmp_path, open_issue, said):
     (report,) = (step for step in steps("nightly", "drift") if step.get("if") == "failure()")
