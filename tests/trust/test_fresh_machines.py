@@ -249,7 +249,8 @@ PACKAGES = "python3,python3-venv,make,git,ca-certificates"
 # What a machine has mounted; torch asks /sys what its processor can do.
 INSIDE = """
 mount -t sysfs sysfs /sys && mount -t tmpfs tmpfs /dev/shm && mount -t devpts devpts /dev/pts
-cd /checkout && git init -q . && git add -A && make book && CI=true make test
+cd /checkout && git init -q . && git add -A && git -c user.name=x -c user.email=x@localhost commit -qm x
+make book && CI=true make test
 """
 
 
