@@ -106,7 +106,9 @@ def test_only_the_masked_form_takes_memory_with_the_square_of_the_length():
     assert peak_bytes(forms["flex"]) < 1024 * 1024
     longer = window_forms(*a_text(1, T=2048), window=50)
     assert peak_bytes(longer["blocks"]) < 2.2 * peak_bytes(forms["blocks"])
-    assert peak_bytes(longer["masked"]) > 3.5 * peak_bytes(forms["masked"])
+    assert peak_bytes(longer["masked"]) > 3 * peak_bytes(
+        forms["masked"]
+    )  # four times the mask, and what a kernel keeps beside it
 
 
 def test_without_a_compiler_flex_says_what_is_missing(tmp_path):
@@ -124,3 +126,25 @@ def test_without_a_compiler_flex_says_what_is_missing(tmp_path):
 def test_a_window_that_no_key_fits_in_is_an_error():
     with pytest.raises(ConfigError, match="1 or more"):
         window_forms(*a_text(1), window=0)
+
+
+def test_what_compiles_does_so_in_a_locale_without_utf_8(tmp_path):
+    """torch opens its own templates in the locale's encoding."""
+    code = (
+        "import locale, torch\n"
+        "from attnlab.measure import window_forms\n"
+        "q = torch.randn(1, 2, 256, 16)\n"
+        "forms = window_forms(q, q, q, 64)\n"
+        "assert locale.getpreferredencoding(False) != 'utf-8'\n"
+        "torch.testing.assert_close(forms['flex'](), forms['blocks'](), atol=1e-5, rtol=1e-5)\n"
+        "print(locale.getpreferredencoding(False))\n"
+    )
+    ascii_only = {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | ascii_only, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["ANSI_X3.4-1968"]  # as before

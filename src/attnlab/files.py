@@ -5,6 +5,7 @@ never does. So kind and size are asked first, and a message never carries more t
 """
 
 import json
+import locale
 import os
 import reprlib
 import stat
@@ -66,6 +67,25 @@ def damage_is_said(say: Callable[[str], str]) -> Iterator[None]:
         raise
     except BaseException as error:  # those in Rust panic, which is no Exception
         raise CheckpointError(say(line(error))) from error
+
+
+@contextmanager
+def utf8_by_default() -> Iterator[None]:
+    """What others open without naming an encoding is read as UTF-8 meanwhile, in a locale that says otherwise too.
+
+    torch opens its compiler's templates so, at the first ``torch.compile``. Python asks the locale anew for every file; where the
+    system has no UTF-8 one, nothing changes.
+    """
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        if locale.getpreferredencoding(False).lower() != "utf-8":
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+    except locale.Error:
+        pass
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
 
 
 def brief(value: object) -> str:

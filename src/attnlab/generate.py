@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnlab.errors import CapacityError, ConfigError, InputError, ShapeError, first_line, ran_out_of_memory
+from attnlab.files import utf8_by_default
 from attnlab.loading import LanguageModel, free_bytes
 from attnlab.memory import human_bytes, kv_cache_bytes
 from attnlab.mistral import Mistral
@@ -120,7 +121,8 @@ class Decoder:
         """Compile one step of fixed shapes, whole or not at all: a part left to Python would be slow without a word."""
         import torch._dynamo  # takes a second, and only this mode needs it
 
-        self._compiled = torch.compile(self._forward, fullgraph=True, dynamic=False)
+        with utf8_by_default():
+            self._compiled = torch.compile(self._forward, fullgraph=True, dynamic=False)
         try:
             with torch._dynamo.config.patch(recompile_limit=64):  # torch gives up after 8 cache lengths or batch sizes
                 self._compiled(self._ids)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnlab.attention import check_window, online_softmax_attention, scaled_dot_product_attention
 from attnlab.errors import ConfigError
+from attnlab.files import utf8_by_default
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise writes two lines a call into a notebook
 
@@ -99,7 +100,8 @@ def window_forms(
         return (j <= i) & (j > i - window)
 
     blocks = create_block_mask(sees, None, None, T, T, device=q.device)
-    compiled = torch.compile(flex_attention)
+    with utf8_by_default():
+        compiled = torch.compile(flex_attention)
 
     def flex() -> Tensor:
         try:

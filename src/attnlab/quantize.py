@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from attnlab.cache import rounded_to_int8
 from attnlab.errors import ConfigError, ShapeError
+from attnlab.files import utf8_by_default
 from attnlab.memory import QUANTIZED
 from attnlab.mistral import Mistral, MistralConfig
 
@@ -258,7 +259,8 @@ def _int8_fused(rows: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 
 @cache
 def _compiled_sum():
-    return torch.compile(_int8_sum, dynamic=False)
+    with utf8_by_default():
+        return torch.compile(_int8_sum, dynamic=False)
 
 
 def _pack(codes: Tensor, block: int | None, product) -> Tensor:
