@@ -1,17 +1,13 @@
-"""Tests that need what a machine may lack are left out where it is missing, and a line at the end says so.
-
-Some cells of the notebooks let a model read the source of Python's standard library, which changes from one Python to the next.
-They are tagged ``reads-python``, run and assert everywhere, and are compared with what is committed on the Python it was made with.
-"""
+"""Tests that need what a machine may lack are left out where it is missing, and a line at the end says so."""
 
 import os
 import sys
 from importlib.util import find_spec
 
 import pytest
+from reads_python import leave_uncompared
 
 LEFT_OUT: dict[str, int] = {}
-COMMITTED_WITH = "3.11"  # the Python that made the notebooks' outputs
 
 
 def needs() -> dict[str, tuple[str, bool]]:
@@ -39,16 +35,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             LEFT_OUT[what] = len(out)
             config.hook.pytest_deselected(items=out)
             items[:] = [item for item in items if item not in out]
-
-
-def leave_uncompared(items: list[pytest.Item], python: str) -> list[pytest.Item]:
-    """The cells that read another Python's source than the one whose outputs are committed; they run and aren't compared."""
-    if python == COMMITTED_WITH:
-        return []
-    tagged = [item for item in items if "reads-python" in getattr(item, "cell", {}).get("metadata", {}).get("tags", [])]
-    for item in tagged:
-        item.options["check"] = False
-    return tagged
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

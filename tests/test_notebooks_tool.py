@@ -8,6 +8,8 @@ import nbformat
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
+from reads_python import COMMITTED_WITH, leave_uncompared
+
 from notebooks import WIDGET_VIEW, normalise
 
 v4 = nbformat.v4
@@ -31,8 +33,6 @@ def test_a_widget_with_nothing_beside_it_is_left_for_its_author_to_see():
 
 
 def test_what_reads_pythons_source_is_compared_on_the_python_that_made_it_alone():
-    from conftest import COMMITTED_WITH, leave_uncompared
-
     cells = [v4.new_code_cell("x", metadata={"tags": tags}) for tags in ([], ["hide-input"], ["reads-python"])]
     items = [SimpleNamespace(cell=cell, options={"check": True}) for cell in cells] + [SimpleNamespace()]
     assert leave_uncompared(items, COMMITTED_WITH) == []
