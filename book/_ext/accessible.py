@@ -36,6 +36,7 @@ FIRST_PAGE = """\
 <meta charset="utf-8">
 <meta http-equiv="Refresh" content="0; url={url}" />
 <title>{title}</title>
+<link rel="icon" href="_static/favicon.svg">
 </head>
 <body>
 <main><h1>{title}</h1><p><a href="{url}">To the first page</a></p></main>
