@@ -2,8 +2,9 @@
 
 A checkpoint of Mistral 7B's full shape, bfloat16 in shards, random weights, is written first. Then, in each round: its files
 leave the page cache and are read in order, past it and through it; they leave it again and are loaded in a process of its own by
-``attnlab.checkpoint.load_model``, on the CPU. As much memory is written once, with nothing read. The targets: 80 % of the disk's own speed, which is the faster way of reading,
-and less than 1.5 GB of memory beyond weights and page cache. Rounds take turns in what comes first.
+``attnlab.checkpoint.load_model``, on the CPU. As much memory is written once, with nothing read. The targets: 80 % of the disk's
+own speed, which is the faster way of reading, and less than 1.5 GB of memory beyond weights and page cache. Rounds take turns in
+what comes first.
 
     python benchmarks/loading.py --folder /a/disk    minutes, 15 GB of disk and of memory; writes results/loading-<machine>.json
     python benchmarks/loading.py --quick             seconds, toy size; writes nothing

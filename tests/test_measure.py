@@ -106,9 +106,8 @@ def test_only_the_masked_form_takes_memory_with_the_square_of_the_length():
     assert peak_bytes(forms["flex"]) < 1024 * 1024
     longer = window_forms(*a_text(1, T=2048), window=50)
     assert peak_bytes(longer["blocks"]) < 2.2 * peak_bytes(forms["blocks"])
-    assert peak_bytes(longer["masked"]) > 3 * peak_bytes(
-        forms["masked"]
-    )  # four times the mask, and what a kernel keeps beside it
+    longest = window_forms(*a_text(1, T=4096), window=50)  # what a kernel keeps beside the mask counts for little
+    assert peak_bytes(longest["masked"]) > 3.5 * peak_bytes(longer["masked"])
 
 
 def test_without_a_compiler_flex_says_what_is_missing(tmp_path):

@@ -130,7 +130,8 @@ class Mistral(nn.Module):
             on_weights: called as ``on_weights(layer, weights)`` with each layer's attention weights (B, H, T, S), one
                 layer at a time, so that nobody need hold them all.
 
-        Raises ShapeError for ids that are not (B, T), InputError for none or ids outside the vocabulary, CapacityError for a cache that is too short.
+        Raises ShapeError for ids that are not (B, T), InputError for none or ids outside the vocabulary, CapacityError for a
+        cache that is too short.
         """
         if ids.dim() != 2 or ids.is_floating_point():
             raise ShapeError(f"expected ids (B, T) of whole numbers; got {tuple(ids.shape)} of {ids.dtype}")
