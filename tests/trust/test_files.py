@@ -158,6 +158,10 @@ def test_the_order_in_a_file_is_not_the_order_of_the_model(folder):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def pool_threads():
+    return {t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")}
+
+
 @pytest.mark.parametrize("folder", fuzz.BASES, indirect=True)
 def test_a_file_cut_off_while_it_is_read_is_said_and_no_reader_is_left(folder, monkeypatch):
     file = max(folder.glob("*.[sp]*t*"), key=lambda p: p.stat().st_size * (p.suffix in (".safetensors", ".pth")))
@@ -168,9 +172,10 @@ def test_a_file_cut_off_while_it_is_read_is_said_and_no_reader_is_left(folder, m
         os.truncate(file, size // 2)
 
     monkeypatch.setattr(checkpoint, "_check_tensors", check_and_cut)
+    before = pool_threads()
     with pytest.raises(CheckpointError, match="It may be cut off"):
         load_model(folder)
-    assert [t.name for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")] == []
+    assert pool_threads() <= before  # torch's compiler, once used in this process, keeps a pool of its own
 
 
 def test_a_config_of_millions_of_layers_is_refused_before_anything_goes_through_them(folder):
