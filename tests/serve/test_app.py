@@ -1,8 +1,11 @@
 """The service over real HTTP: the announcement's request, every documented error, and clients that misbehave."""
 
+import asyncio
 import json
 import socket
+import struct
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -155,6 +158,25 @@ def test_a_client_that_leaves_frees_its_row(service, http, stream):
         with pytest.raises(httpx.ReadTimeout):
             http.post("/run/companion", json=body, timeout=0.5)
     wait_until(lambda: engine.state.decoding == 0)
+
+
+def test_a_client_that_left_while_the_service_was_held_up_is_noticed_at_once(service, monkeypatch, caplog):
+    """What has gathered meanwhile isn't all sent to nobody, which asyncio would complain of."""
+    url, engine = service
+    host, port = url.removeprefix("http://").split(":")
+    loops, submit = [], engine.submit
+    monkeypatch.setattr(engine, "submit", lambda *a: (loops.append(asyncio.get_running_loop()), submit(*a))[1])
+    body = json.dumps({"prompt": "def", "stream": True, **ENDLESS}).encode()
+    head = f"POST /client/v4/accounts/a/ai/run/companion HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(head.encode() + body)
+        wait_until(lambda: engine.state.decoding == 1)
+        loops[0].call_soon_threadsafe(time.sleep, 1)
+        made = engine.state.tokens
+        wait_until(lambda: engine.state.tokens > made + 20)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes at once, with a reset
+    wait_until(lambda: engine.state.decoding == 0)
+    assert [record.message for record in caplog.records] == []
 
 
 def test_a_slow_reader_holds_up_nobody(lm, service):

@@ -139,6 +139,7 @@ class Service:
         try:
             while (piece := await answer.next()) is not None:
                 yield wire.frame(event(piece))
+                await asyncio.sleep(0)  # pieces that have gathered don't make the loop wait: let it see who has left
             for closing in last:
                 yield wire.frame(closing())
             yield wire.DONE
