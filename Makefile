@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PORT ?= 8000
+# make test: each with one thread of torch's, for two of them beside another busy process wait for each other.
+PROCESSES ?= 2
 RUN := .venv/bin/python
 # In CI a browser that is missing is a failure; elsewhere its tests are skipped, and say so.
 export TOKENIZERS_PARALLELISM = false
@@ -33,8 +35,8 @@ test: book ## lint, unit tests, notebooks against their outputs, the built pages
 	@$(RUN) tools/chromium.py
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
-	@$(RUN) -m pytest -m "not long" --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
-	    --nbval-cell-timeout 300 --durations 10 tests notebooks
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not long" -n $(PROCESSES) --dist loadscope --nbval --nbval-current-env \
+	    --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 300 --durations 10 tests notebooks
 
 test-long: venv ## what takes minutes and gigabytes: the full 7B shape among it
 	@$(RUN) -m pytest -m long tests
