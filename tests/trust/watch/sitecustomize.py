@@ -32,7 +32,7 @@ def watch(folder: str) -> None:
             path, mode, flags = arguments
             if set(mode) & set("wax+") if mode else flags & WRITES:
                 note_path(path)
-        elif event in PATHS:
+        elif event in PATHS and not (event == "os.mkdir" and os.path.isdir(arguments[0])):  # what is there isn't made
             note_path(arguments[PATHS[event]])
         elif event in CALLS:
             address = arguments[1]
