@@ -91,6 +91,30 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path):
         assert said[name].startswith(fuzz.COMPLAINT) and words in said[name]
 
 
+# Other ways to read a folder, each put in the place of ``attnlab.load``.
+READERS = {
+    "int8": "load = attnlab.load\nattnlab.load = lambda folder, **options: load(folder, quantize='int8', **options)\n",
+    "a rank's part": (
+        "from attnlab import parallel\n"
+        "group = parallel.process_group(f'file://{__file__}.{os.getpid()}', 0, 1)\n"
+        "mesh = group.__enter__()\n"
+        "attnlab.load = lambda folder, device, progress: parallel.load_part(folder, mesh, 'float32', progress)\n"
+    ),
+}
+
+
+@measured
+@pytest.mark.parametrize("reader", READERS)
+def test_other_ways_to_read_a_folder_are_as_careful(tmp_path, reader):
+    (tmp_path / "fuzz_reader.py").write_text(
+        f"import os, sys\nsys.path.insert(0, {str(Path(fuzz.__file__).parent)!r})\n"
+        f"import attnlab, fuzz_checkpoints as fuzz\n{READERS[reader]}fuzz.child(sys.argv[1])\n"
+    )
+    found = fuzz.run(fuzz.cases(range(1))[::3], tmp_path / "fuzz_reader.py")
+    assert complaints(found) == {}
+    assert {"loads", "CheckpointError"} <= set(found.values())
+
+
 # ---- what it found, by name -------------------------------------------------------------------------------------------
 
 

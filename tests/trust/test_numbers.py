@@ -20,7 +20,9 @@ from attnlab import (
     online_softmax_attention,
     scaled_dot_product_attention,
 )
+from attnlab.cache import QuantizedKVCache, QuantizedRollingKVCache, quantize_heads, restore_heads
 from attnlab.errors import CapacityError, ConfigError, ShapeError
+from attnlab.latent import LatentAttention, LatentCache
 from attnlab.rotary import apply_rotary, rotary_angles
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -329,6 +331,133 @@ def test_angles_of_another_shape_never_broadcast_in_silence(cos, sin):
         apply_rotary(torch.zeros(1, 3, 5, 8), torch.ones(3, 5, 4), torch.zeros(3, 5, 4))
 
 
+# ---- latent attention -------------------------------------------------------------------------------------------------
+
+
+def latent_layer(H=4, c=6, R=4, D=5, causal=True, seed=0):
+    torch.manual_seed(seed)
+    layer = LatentAttention(12, H, c, R, D, causal=causal).double()
+    torch.nn.init.normal_(layer.norm.weight)  # as trained, no longer ones
+    return layer
+
+
+def latent_reference(layer, x):
+    """Equations 9 to 19 of arXiv 2405.04434 in float64, for all heads at once; the rotation as a complex factor."""
+    w = {name: weight.double() for name, weight in layer.state_dict().items()}
+    B, T, _ = x.shape
+    H, D, c, R = layer.n_heads, layer.head_dim, layer.d_latent, layer.d_rope
+    q = (x @ w["q_proj.weight"].T).view(B, T, H, D + R).transpose(1, 2)
+    latent, shared = (x @ w["down_proj.weight"].T).split([c, R], -1)
+    latent = latent / (latent.square().mean(-1, keepdim=True) + layer.norm.eps).sqrt() * w["norm.weight"]
+    k, v = ((latent @ w[f"{name}.weight"].T).view(B, T, H, D).transpose(1, 2) for name in ("k_up", "v_up"))
+    turns = torch.arange(T)[:, None] * layer.rope_theta ** (-torch.arange(0, R, 2).double() / max(R, 1))
+
+    def turned(y):  # halves: number i and number i + R / 2 are one complex number
+        z = torch.complex(y[..., : R // 2], y[..., R // 2 :]) * torch.polar(torch.ones_like(turns), turns)
+        return torch.cat((z.real, z.imag), -1)
+
+    q = torch.cat((q[..., :D], turned(q[..., D:])), -1)
+    k = torch.cat((k, turned(shared)[:, None].expand(B, H, T, R)), -1)
+    out, weights = reference(q, k, v, causal_mask(T, T) if layer.causal else None)
+    return out.transpose(1, 2).reshape(B, T, H * D) @ w["o_proj.weight"].T, weights
+
+
+@brief
+@given(st.data())
+@torch.no_grad()
+def test_latent_attention_is_its_definition_both_ways_whatever_dtype_stride_and_size(data):
+    B, T, H = (data.draw(st.sampled_from(choices)) for choices in ((0, 1, 2), (0, 1, 2, 7), (1, 3, 4)))
+    c, R, D = (data.draw(st.sampled_from(choices)) for choices in ((1, 6, 20), (0, 2, 8), (1, 5)))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    layer = latent_layer(H, c, R, D, data.draw(st.booleans()), data.draw(st.integers(0, 99))).to(dtype)
+    x = torch.randn(B, T, 12, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))).to(dtype)
+    if data.draw(st.booleans()):
+        x = x.mT.contiguous().mT
+    want, weights = latent_reference(layer, x.double())
+    largest = max(1.0, float(want.abs().max())) if want.numel() else 1.0
+    off = 64 * torch.finfo(dtype).eps  # six roundings one after another
+    if dtype == torch.float64:  # the angles are in float32
+        off = 1e-6
+    for absorb in (False, True):
+        got, seen = layer(x, absorb=absorb, return_weights=True)
+        assert got.dtype == seen.dtype == dtype and got.shape == x.shape and seen.shape == (B, H, T, T)
+        for one in (got, layer(x, absorb=absorb)):
+            torch.testing.assert_close(one.double(), want, atol=off * largest, rtol=0)
+        torch.testing.assert_close(seen.double(), weights, atol=off, rtol=0)
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+@pytest.mark.parametrize("R", [0, 4])
+def test_gradients_of_latent_attention_are_those_of_finite_differences(absorb, R):
+    layer = latent_layer(H=2, c=3, R=R, D=2)
+    x = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    names, weights = zip(*layer.named_parameters(), strict=True)
+
+    def call(x, *weights):
+        return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,), {"absorb": absorb})
+
+    assert torch.autograd.gradcheck(call, (x, *weights))
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_latent_attention_takes_ten_thousandfold_inputs_in_half_precision(dtype, absorb):
+    """The norm takes the factor out of keys and values; queries and rotary keys keep it, and a softmax picks one key."""
+    layer = latent_layer().to(dtype)
+    x = (1e4 * torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(2))).to(dtype)
+    got, weights = layer(x, absorb=absorb, return_weights=True)
+    assert got.isfinite().all() and weights.isfinite().all()
+    torch.testing.assert_close(weights.double().sum(-1), torch.ones(2, 4, 7).double(), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@torch.no_grad()
+def test_what_is_not_finite_in_one_token_of_a_latent_layer_reaches_all_who_see_it_and_no_other_row(bad, absorb):
+    layer = latent_layer().float()
+    x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(3))
+    whole = layer(x, absorb=absorb)
+    x[0, 4, 2] = bad
+    got = layer(x, absorb=absorb)
+    torch.testing.assert_close(got[1], whole[1], atol=1e-5, rtol=0)
+    assert got[0, 4:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("absorb", [False, True])
+@torch.no_grad()
+def test_a_latent_cache_gives_prefill_decode_and_chunks_the_same_numbers_in_every_dtype(dtype, absorb):
+    layer = latent_layer().to(dtype)
+    x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(4)).to(dtype)
+    whole = layer(x)
+    for chunk in (1, 2, 4, 8):
+        cache, out = LatentCache(1, 2, layer.d_latent, layer.d_rope, 9, dtype=dtype), []
+        for part in (x[:, :0], *x.split(chunk, 1), x[:, :0]):  # no tokens change nothing
+            out.append(layer(part, cache=cache, absorb=absorb))
+            cache.advance(part.shape[1])
+        off = 64 * torch.finfo(dtype).eps * float(whole.abs().max())
+        torch.testing.assert_close(torch.cat(out, 1), whole, atol=off, rtol=0)
+
+
+@torch.no_grad()
+def test_a_latent_conversation_that_went_to_nan_leaves_nothing_to_the_next():
+    layer = latent_layer().float()
+    x = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(5))
+    cache = LatentCache(1, 2, layer.d_latent, layer.d_rope, 9)
+    cache.k.fill_(math.nan)
+    cache.advance(3)
+    cache.row(0).clear()
+    assert cache.lengths.tolist() == [0, 3] and not cache.v[:, 0].any() and cache.v[:, 1].isnan().all()
+    cache.clear()
+    for row, length in enumerate((2, 7)):
+        layer(x[row : row + 1, :length], cache=(own := cache.row(row)))
+        own.advance(length)
+    got = layer(torch.stack([x[0, 2:3], x[1, 7:8]]), cache=cache)
+    torch.testing.assert_close(got[0, 0], layer(x[:1, :3])[0, -1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[1, 0], layer(x[1:, :8])[0, -1], atol=1e-5, rtol=0)
+
+
 # ---- caches -----------------------------------------------------------------------------------------------------------
 
 
@@ -414,10 +543,10 @@ def test_keys_and_values_of_different_sizes_never_broadcast_in_silence(cache, k,
     assert not cache.v.any() and cache.lengths.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("kind", ["whole", "rolling"])
+@pytest.mark.parametrize("kind", [KVCache, RollingKVCache, QuantizedKVCache, QuantizedRollingKVCache])
 @pytest.mark.parametrize("seen", [0, 3, 9])
 def test_no_new_tokens_change_nothing(kind, seen):
-    cache = KVCache(1, 2, 1, 4, 16) if kind == "whole" else RollingKVCache(1, 2, 1, 4, window=W)
+    cache = kind(1, 2, 1, 4, W if issubclass(kind, RollingKVCache) else 16)
     for t in range(seen):
         x = torch.full((2, 1, 1, 4), float(t))
         cache.update(0, x, x)
@@ -428,6 +557,72 @@ def test_no_new_tokens_change_nothing(kind, seen):
     cache.advance(0)
     assert scaled_dot_product_attention(empty, k, v, **sees).shape == (2, 1, 0, 4)
     assert torch.equal(cache.k, before) and cache.lengths.tolist() == [seen, seen]
+
+
+# ---- caches in int8 ---------------------------------------------------------------------------------------------------
+
+
+INT8_KINDS = [{"quantize": "int8", **kind} for kind in KINDS]
+
+
+@thorough
+@given(st.data())
+def test_a_packed_vector_is_within_half_its_scale_whatever_dtype_layout_and_magnitude(data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    shape = [data.draw(st.sampled_from(choices)) for choices in ((0, 1, 2), (1, 3), (0, 1, 4), (1, 2, 7, 32))]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 999))))
+    size = data.draw(st.sampled_from([0.0, 1e-40, 1e-7, 1.0, 1e4]))
+    x = laid_out((x * size).to(dtype), data.draw(layouts))
+    packed = quantize_heads(x)
+    assert packed.dtype == torch.int8 and packed.shape == (*shape[:3], shape[3] + 2)
+    restored = restore_heads(packed, torch.float64)
+    scale = (x.double().abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.bfloat16).tiny)
+    assert ((restored - x.double()).abs() <= 0.51 * scale).all()  # the scale itself is rounded by up to 2^-9
+    assert restore_heads(packed, dtype).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_in_one_packed_head_is_nan_there_and_nowhere_else(bad):
+    x = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0))
+    whole = restore_heads(quantize_heads(x))
+    x[1, 2, 3, 5] = bad
+    got = restore_heads(quantize_heads(x))
+    assert got[1, 2, 3].isnan().any()  # it is not lost in the rounding
+    got[1, 2, 3] = whole[1, 2, 3]
+    assert torch.equal(got, whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", INT8_KINDS)
+@torch.no_grad()
+def test_in_int8_prefill_decode_and_chunks_around_the_window_agree_in_every_dtype(dtype, kind):
+    model = small_model(dtype=dtype)
+    ids = torch.randint(0, 31, (2, 2 * W + 1), generator=torch.Generator().manual_seed(4))
+    by_chunk = [in_chunks(model, ids, chunk, **kind)[0] for chunk in (2 * W + 1, 1, W - 1, W, W + 1, 2 * W)]
+    largest = float(by_chunk[0].abs().max())
+    off = max(1e-3, 64 * torch.finfo(dtype).eps) * largest  # a number may round to the other side
+    for got in by_chunk:
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, by_chunk[0], atol=off, rtol=0)
+    assert (by_chunk[0] - model(ids)).abs().max() < max(0.05, 64 * torch.finfo(dtype).eps) * largest
+
+
+@pytest.mark.parametrize("kind", INT8_KINDS)
+@torch.no_grad()
+def test_a_conversation_in_int8_that_went_to_nan_leaves_nothing_to_the_next(kind):
+    model = small_model()
+    ids = torch.randint(0, 31, (2, 9), generator=torch.Generator().manual_seed(6))
+    cache = model.new_cache(2, 64, **kind)
+    nan = quantize_heads(torch.full((4,), math.nan))
+    assert restore_heads(nan).isnan().all()
+    cache.k[:], cache.v[:] = nan, nan
+    cache.clear()
+    for row, length in enumerate((2, 7)):
+        model(ids[row : row + 1, :length], cache.row(row))
+    got = model(torch.stack([ids[0, 2:3], ids[1, 7:8]]), cache)
+    for i, length in enumerate((2, 7)):
+        alone = in_chunks(model, ids[i : i + 1, : length + 1], [length, 1], **kind)[0][0, -1:]
+        torch.testing.assert_close(got[i], alone, atol=1e-3, rtol=0)
 
 
 # ---- threads ----------------------------------------------------------------------------------------------------------
