@@ -117,6 +117,19 @@ def test_without_a_kernel_the_numbers_are_the_same(form, rows, monkeypatch):
     assert ((restoring(x) - usual(x)).abs() <= 2.0**-7 * scale).all()
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_may_lie_anywhere_in_memory_and_be_none(form, dtype):
+    linear = QuantizedLinear(MATRICES["normal"], form)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide = torch.full((2, 3, 128), torch.nan, dtype=dtype)
+    wide[..., ::2] = x
+    for elsewhere in (wide[..., ::2], x.mT.contiguous().mT, x[..., :1].expand(2, 3, 64)):
+        assert torch.equal(linear(elsewhere), linear(elsewhere.contiguous()))
+    for shape in ((0, 64), (2, 0, 64)):
+        assert linear(x.new_zeros(shape)).shape == (*shape[:-1], 96)
+
+
 def test_an_order_of_packing_that_is_not_known_is_left_to_the_kernel(monkeypatch):
     weight, x = MATRICES["64 rows"], torch.randn(70, 64, generator=torch.Generator().manual_seed(1))
     usual = QuantizedLinear(weight, "int4")

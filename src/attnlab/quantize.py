@@ -136,7 +136,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*b in"]) -> Float[Tensor, "*b out"]:
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"expected x (…, {self.in_features}); got {tuple(x.shape)}")
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)  # (M, in)
+        rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()  # (M, in)
         product = self.product if len(rows) <= self.few_rows else self._restored_product
         return product(rows, self.packed, self.scales).to(x.dtype).view(*x.shape[:-1], self.out_features)
 
