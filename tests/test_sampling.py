@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnlab.errors import ConfigError
+from attnlab.errors import ConfigError, ShapeError
 from attnlab.sampling import Sampler
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0])
@@ -65,6 +65,13 @@ def test_the_same_seed_draws_the_same():
 def test_values_out_of_range_are_refused_by_name(how, message):
     with pytest.raises(ConfigError, match=message):
         Sampler(**how)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 5), ()])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_only_the_logits_of_one_position_are_taken(shape, temperature):
+    with pytest.raises(ShapeError, match="one position"):
+        Sampler(temperature)(torch.zeros(shape))
 
 
 def test_logits_that_are_not_finite_are_refused():

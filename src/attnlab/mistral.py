@@ -133,8 +133,10 @@ class Mistral(nn.Module):
         Raises ShapeError for ids that are not (B, T), InputError for none or ids outside the vocabulary, CapacityError for a
         cache that is too short.
         """
-        if ids.dim() != 2 or ids.is_floating_point():
-            raise ShapeError(f"expected ids (B, T) of whole numbers; got {tuple(ids.shape)} of {ids.dtype}")
+        if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(
+                f"expected ids (B, T), whole numbers of int64 or int32; got {tuple(ids.shape)} of {ids.dtype}"
+            )
         B, T = ids.shape
         if T == 0 or B == 0:
             raise InputError("no tokens came: a model needs at least one")

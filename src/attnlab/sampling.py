@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnlab.errors import ConfigError
+from attnlab.errors import ConfigError, ShapeError
 
 
 class Sampler:
@@ -25,7 +25,8 @@ class Sampler:
         seed: same seed, same choices, whatever else uses random numbers. None: others every time.
         prompt_ids: what ``repetition_penalty`` counts as said before.
 
-    Raises ConfigError for a value outside its range, or when called with logits that are not finite.
+    Raises ConfigError for a value outside its range; when called, ShapeError for anything but the logits of one position, and
+    ConfigError for logits that are not finite.
 
     >>> Sampler()(torch.tensor([0.1, 2.0, 1.0]))
     1
@@ -59,6 +60,8 @@ class Sampler:
         self.generator.seed() if seed is None else self.generator.manual_seed(seed)
 
     def __call__(self, logits: Float[Tensor, " vocab"]) -> int:
+        if logits.dim() != 1 or len(logits) == 0:
+            raise ShapeError(f"expected the logits of one position, (vocab,); got {tuple(logits.shape)}")
         logits = logits.float().cpu()
         if not logits.isfinite().all():
             raise ConfigError("the model's logits are not finite: load it in bfloat16 or float32, or mend its weights")
