@@ -12,8 +12,10 @@ machine does faster than its memory allows.
 """
 
 import difflib
+import math
 import textwrap
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 
@@ -704,7 +706,7 @@ def fits(
     shape, device = as_shape(model), _device(device_bytes)
     weights = weight_bytes(shape, dtype, quantize)
     cache = kv_cache_bytes(shape, context, batch, dtype)
-    kept_free = reserve_bytes(weights + cache) if reserve is None else reserve
+    kept_free = reserve_bytes(weights + cache) if reserve is None else _reserve(reserve)
     stored = _dtype_name(dtype) + (f" with {quantize} weights" if quantize else "")
     setting = f"{batch} × {context:,} tokens in {stored}"
     advice = ()
@@ -1004,10 +1006,16 @@ def _what_would_help(shape, device, context, batch, dtype, quantize, reserve):
 def _usable(device: int, reserve: int | None) -> int:
     """The most that weights and cache may take together, so that the reserve still fits beside them."""
     if reserve is not None:
-        return device - reserve
+        return device - _reserve(reserve)
     return max(
         device - RESERVE_BYTES, device // 11 * 10 + min(9, device % 11)
     )  # the latter: used + used // 10 = device
+
+
+def _reserve(reserve: float) -> int:
+    if not (isinstance(reserve, Real) and 0 <= reserve < math.inf):
+        raise ConfigError(f"reserve is what to leave free, in bytes, 0 or more, such as 2e9; got {reserve!r}")
+    return int(reserve)
 
 
 def _weights(shape: ModelShape) -> Weights:
@@ -1020,8 +1028,11 @@ def _weights(shape: ModelShape) -> Weights:
 
 
 def _device(device_bytes: float) -> int:
-    if not device_bytes > 0:
-        raise ConfigError(f"device_bytes is the memory of the device in bytes, such as 16e9; got {device_bytes}")
+    if not (isinstance(device_bytes, Real) and 0 < device_bytes < math.inf):
+        raise ConfigError(
+            f"device_bytes is the memory of the device in bytes, such as 16e9 (a card's is CARDS[…].nbytes); "
+            f"got {device_bytes!r}"
+        )
     return int(device_bytes)
 
 
