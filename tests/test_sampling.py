@@ -1,5 +1,7 @@
 """What a Sampler draws, against probabilities worked out by hand."""
 
+import math
+
 import pytest
 import torch
 
@@ -60,6 +62,10 @@ def test_the_same_seed_draws_the_same():
         ({"top_p": 1.1}, "top_p"),
         ({"top_k": 0}, "top_k"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty"),
+        ({"presence_penalty": math.inf}, "presence_penalty"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": 1.5}, "seed"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(how, message):

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable
+from numbers import Integral
 
 import torch
 from jaxtyping import Float
@@ -51,13 +52,18 @@ class Sampler:
             raise ConfigError(f"top_k is a number of tokens, 1 or more; got {top_k}")
         if not 0 < repetition_penalty < math.inf:
             raise ConfigError(f"repetition_penalty must be above 0 (1 changes nothing); got {repetition_penalty}")
+        for name, penalty in {"frequency_penalty": frequency_penalty, "presence_penalty": presence_penalty}.items():
+            if not -math.inf < penalty < math.inf:
+                raise ConfigError(f"{name} is a finite number (0 changes nothing); got {penalty}")
+        if seed is not None and not (isinstance(seed, Integral) and -(2**63) <= seed < 2**64):
+            raise ConfigError(f"seed is a whole number of at most 64 bits, or None; got {seed!r}")
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.repetition_penalty = repetition_penalty
         self.frequency_penalty, self.presence_penalty = frequency_penalty, presence_penalty
         self.said = set(prompt_ids) if repetition_penalty != 1 else set()
         self.chosen = Counter()
         self.generator = torch.Generator()  # on the CPU, and nobody else's
-        self.generator.seed() if seed is None else self.generator.manual_seed(seed)
+        self.generator.seed() if seed is None else self.generator.manual_seed(int(seed))
 
     def __call__(self, logits: Float[Tensor, " vocab"]) -> int:
         if logits.dim() != 1 or len(logits) == 0:
