@@ -330,8 +330,7 @@ def rounded_to_int8(x: Float[Tensor, "*b D"]) -> tuple[Int[Tensor, "*b D"], Floa
 
 def restore_heads(packed: Int[Tensor, "*b packed"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*b D"]:
     """The numbers that stand for those that were quantized, in ``dtype``."""
-    pairs = packed[..., -SCALE_BYTES:].clone(
-        memory_format=torch.contiguous_format
-    )  # in place they may start at an odd byte
+    # A copy: in place the two bytes of a scale may start at an odd address.
+    pairs = packed[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
     scale = pairs.view(torch.bfloat16)  # (…, 1)
     return (packed[..., :-SCALE_BYTES].float() * scale.float()).to(dtype)
