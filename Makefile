@@ -33,6 +33,7 @@ notebooks: venv ## execute the notebooks and write their outputs back into them
 test: export TQDM_DISABLE = 1 # a bar says how fast a machine is; the outputs that are compared do not
 test: book ## lint, unit tests, notebooks against their outputs, the built pages in a browser
 	@$(RUN) tools/chromium.py
+	@$(RUN) tools/node.py
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not long" -n $(PROCESSES) --dist loadscope --nbval --nbval-current-env \

@@ -1,6 +1,7 @@
 """Tests that need what a machine may lack are left out where it is missing, and a line at the end says so."""
 
 import os
+import shutil
 import sys
 from importlib.util import find_spec
 
@@ -16,6 +17,10 @@ def needs() -> dict[str, tuple[str, bool]]:
         "mistral_weights": (
             "the weights of Mistral 7B: set ATTNLAB_MISTRAL to their folder",
             bool(os.environ.get("ATTNLAB_MISTRAL")),
+        ),
+        "compiler": (
+            "a C++ compiler, which torch.compile needs on a CPU: install g++, or set CXX to another",
+            shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None,
         ),
         "triton": ("Triton, which there is for Linux: pip install triton", find_spec("triton") is not None),
     }

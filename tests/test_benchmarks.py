@@ -115,6 +115,7 @@ def test_the_siblings_script_counts_what_a_step_reads_and_fills_the_same_memory(
     assert all(row["times_multi_head"]["median"] == 1 for part in result.values() for row in part[::3])
 
 
+@pytest.mark.compiler
 def test_the_window_script_checks_its_forms_and_writes_nothing_when_quick():
     before = records()
     done = run("window_prefill.py", "--quick")

@@ -51,6 +51,7 @@ def record(dry_run):
     return json.loads(path.read_text())
 
 
+@pytest.mark.compiler
 def test_every_section_runs_dry_with_few_packages_and_leaves_out_only_what_is_not_here(dry_run, record):
     said, _ = dry_run
     assert set(record["sections"]) == SECTIONS and all(f"{name} (toy size)" in said for name in SECTIONS)
@@ -390,6 +391,7 @@ def test_no_section_is_begun_that_could_outrun_the_minutes(recorder, capsys):
     assert recorder.main("--minutes", "4") == 0 and recorder.calls == ["memory", "prefill"]
 
 
+@pytest.mark.compiler
 def test_the_page_of_measured_results_shows_every_section(record):
     sys.path.insert(0, str(ROOT / "book" / "_ext"))
     from measured import render

@@ -90,6 +90,7 @@ def a_text(n_kv_heads, T=300):
     return torch.randn(1, 4, T, 16, generator=g), *torch.randn(2, 1, n_kv_heads, T, 16, generator=g)
 
 
+@pytest.mark.compiler
 def test_all_forms_of_a_window_give_the_same_numbers():
     q, k, v = a_text(n_kv_heads=2)
     forms = window_forms(q, k, v, window=50)
@@ -99,6 +100,7 @@ def test_all_forms_of_a_window_give_the_same_numbers():
     assert list(forms) == ["masked", "blocks", "flex"]
 
 
+@pytest.mark.compiler
 def test_only_the_masked_form_takes_memory_with_the_square_of_the_length():
     q, k, v = a_text(1, T=1024)
     forms = window_forms(q, k, v, window=50)
@@ -127,6 +129,7 @@ def test_a_window_that_no_key_fits_in_is_an_error():
         window_forms(*a_text(1), window=0)
 
 
+@pytest.mark.compiler
 def test_what_compiles_does_so_in_a_locale_without_utf_8(tmp_path):
     """torch opens its own templates in the locale's encoding."""
     code = (

@@ -167,6 +167,7 @@ def test_a_gpu_takes_the_kernel_it_has_and_says_where_it_has_none(form, capabili
     assert found is (getattr(quantize, product) if product else None)
 
 
+@pytest.mark.compiler
 def test_the_sum_that_a_gpu_compiles_is_the_product():
     linear = QuantizedLinear(MATRICES["normal"], "int8")
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -263,6 +264,7 @@ def test_one_token_at_a_time_through_a_rolling_cache_gives_the_logits_of_one_pas
     assert 0.3 < whole.float().std() < 1.2
 
 
+@pytest.mark.compiler
 def test_a_compiled_step_takes_quantized_weights():
     model = quantize_(random_model(), "int4")
     ids = torch.tensor([[5, 6, 7]])

@@ -99,6 +99,23 @@ def test_nothing_sticks_out_of_a_narrow_screen(visit, name):
     assert page.evaluate(STICKING_OUT) == []
 
 
+@pytest.mark.parametrize("name", PAGES + OTHER_PAGES)
+def test_nor_where_letters_stand_as_far_apart_as_a_reader_may_set_them(visit, name):
+    """WCAG 2.2, 1.4.12. It also stands for other fonts: some are wider than the one that is here."""
+    page = visit(name, **NARROW).page
+    assert page.evaluate(WIDTH_WHEN_SPACED) <= 320
+
+
+WIDTH_WHEN_SPACED = """() => {
+  const spaced = new CSSStyleSheet();
+  spaced.replaceSync('* { letter-spacing: 0.12em !important; word-spacing: 0.16em !important; }');
+  document.adoptedStyleSheets.push(spaced);
+  const width = document.documentElement.scrollWidth;
+  document.adoptedStyleSheets.pop();
+  return width;
+}"""
+
+
 # What is wider than the article must be inside something that scrolls.
 STICKING_OUT = """() => {
   const scrolls = e => ['auto', 'scroll', 'hidden'].includes(getComputedStyle(e).overflowX);

@@ -92,8 +92,8 @@ def lab(tmp_path_factory):
                 time.sleep(0.2)
         yield address
     finally:
-        server.terminate()  # and its kernels with it
-        server.wait(timeout=30)
+        server.terminate()  # and its kernels with it, each in its own time
+        server.wait(timeout=120)
 
 
 def run_all(page, lab, notebook: str) -> list[str]:
