@@ -92,8 +92,12 @@ def lab(tmp_path_factory):
                 time.sleep(0.2)
         yield address
     finally:
-        server.terminate()  # and its kernels with it, each in its own time
-        server.wait(timeout=120)
+        server.terminate()  # and its kernels with it
+        try:
+            server.wait(timeout=30)
+        except subprocess.TimeoutExpired:  # a kernel that starts meanwhile can hold it for ever
+            server.kill()  # kernels see that it has gone, and go
+            server.wait()
 
 
 def run_all(page, lab, notebook: str) -> list[str]:
