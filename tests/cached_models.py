@@ -6,6 +6,7 @@ from attnlab import Mistral, MistralConfig
 
 W = 4
 KINDS = [{}, {"rolling": False}, {"static": True}, {"rolling": False, "static": True}]
+QUANTIZED_KINDS = [{"quantize": "int8", **kind} for kind in KINDS]
 
 
 def small_model(window=W, n_kv_heads=2, dtype=torch.float32):

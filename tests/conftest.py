@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):  # one of several processes: the first of them writes the summary
+    if hasattr(session.config, "workeroutput"):  # one of several processes: who started them writes the summary
         session.config.workeroutput["left_out"] = LEFT_OUT
 
 

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from cached_models import KINDS, W, in_chunks, small_model, three_rows
+from cached_models import KINDS, QUANTIZED_KINDS, W, in_chunks, small_model, three_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,9 +176,6 @@ def test_rows_at_the_front_step_alone_and_a_moved_row_goes_on_where_it_was(kind)
     for wrong in (0, 4):
         with pytest.raises(ShapeError):
             cache.front(wrong)
-
-
-QUANTIZED_KINDS = [{"quantize": "int8", **kind} for kind in KINDS]
 
 
 @given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([1e-30, 1e-3, 1.0, 1e4]))

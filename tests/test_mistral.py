@@ -114,12 +114,7 @@ def test_input_that_cannot_be_used():
     model = Mistral(MistralConfig(vocab_size=9, d_model=8, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=8))
     with pytest.raises(InputError, match="no tokens"):
         model(torch.zeros(1, 0, dtype=torch.long))
-    for dtype in (
-        torch.float32,
-        torch.bool,
-        torch.uint8,
-        torch.complex64,
-    ):  # an embedding takes two kinds of whole numbers
+    for dtype in (torch.float32, torch.bool, torch.uint8, torch.complex64):
         with pytest.raises(ShapeError, match="whole numbers"):
             model(torch.zeros(1, 3, dtype=dtype))
     with pytest.raises(ShapeError, match=r"\(B, T\)"):

@@ -160,16 +160,26 @@ def test_a_client_that_leaves_frees_its_row(service, http, stream):
     wait_until(lambda: engine.state.decoding == 0)
 
 
+def a_client(url: str) -> socket.socket:
+    """A connection that does only what it is told."""
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)))
+
+
+def ask(client: socket.socket, **options) -> None:
+    """Ask for a stream, whose answer is left where it is."""
+    body = json.dumps({"prompt": "def", "stream": True, **options}).encode()
+    head = f"POST /client/v4/accounts/a/ai/run/companion HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body)
+
+
 def test_a_client_that_left_while_the_service_was_held_up_is_noticed_at_once(service, monkeypatch, caplog):
     """What has gathered meanwhile isn't all sent to nobody, which asyncio would complain of."""
     url, engine = service
-    host, port = url.removeprefix("http://").split(":")
     loops, submit = [], engine.submit
     monkeypatch.setattr(engine, "submit", lambda *a: (loops.append(asyncio.get_running_loop()), submit(*a))[1])
-    body = json.dumps({"prompt": "def", "stream": True, **ENDLESS}).encode()
-    head = f"POST /client/v4/accounts/a/ai/run/companion HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-    with socket.create_connection((host, int(port))) as client:
-        client.sendall(head.encode() + body)
+    with a_client(url) as client:
+        ask(client, **ENDLESS)
         wait_until(lambda: engine.state.decoding == 1)
         loops[0].call_soon_threadsafe(time.sleep, 1)
         made = engine.state.tokens
@@ -181,12 +191,9 @@ def test_a_client_that_left_while_the_service_was_held_up_is_noticed_at_once(ser
 
 def test_a_slow_reader_holds_up_nobody(lm, service):
     url, engine = service
-    host, port = url.removeprefix("http://").split(":")
-    body = json.dumps({"prompt": "def", "stream": True, "max_tokens": 3000, "temperature": 0}).encode()
-    with socket.create_connection((host, int(port))) as slow:
+    with a_client(url) as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        head = f"POST /client/v4/accounts/a/ai/run/companion HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-        slow.sendall(head.encode() + body)  # and reads nothing
+        ask(slow, max_tokens=3000, temperature=0)  # and reads nothing
         wait_until(lambda: engine.state.decoding == 1)
         with Client(url, "companion") as client:
             assert client.run("def add(a, b):", **GREEDY)["usage"]["completion_tokens"] == 12

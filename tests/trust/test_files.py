@@ -55,14 +55,25 @@ def test_ten_thousand_damaged_folders(batch):
     assert failed == {}
 
 
-@measured
-def test_the_fuzzer_sees_what_it_looks_for(tmp_path):
-    """A death, code that runs, memory and another exception: each is a complaint, and the cases behind it still run."""
-    (tmp_path / "fuzz_with_faults.py").write_text(
+def fuzzer_with(folder: Path, change: str) -> Path:
+    """The fuzzer's process, with ``change`` made in it before its cases run."""
+    script = folder / "fuzz_with_a_change.py"
+    script.write_text(
         "import os, signal, sys\n"
         f"sys.path.insert(0, {str(Path(fuzz.__file__).parent)!r})\n"
         "import fuzz_checkpoints as fuzz\n"
         "import attnlab\n"
+        f"{change}"
+        "fuzz.child(sys.argv[1])\n"
+    )
+    return script
+
+
+@measured
+def test_the_fuzzer_sees_what_it_looks_for(tmp_path):
+    """A death, code that runs, memory and another exception: each is a complaint, and the cases behind it still run."""
+    script = fuzzer_with(
+        tmp_path,
         "faults = {'dies': lambda: os.kill(os.getpid(), signal.SIGKILL), 'runs': lambda: os.system('true'),\n"
         "          'grows': lambda: b'x' * 400_000_000, 'raises': lambda: {}['x'], 'writes': lambda: open(os.devnull, 'w')}\n"
         "load = attnlab.load\n"
@@ -74,11 +85,10 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path):
         "for name in faults:\n"
         "    def make(rng, folder, name=name): (folder / name).touch()\n"
         "    fuzz.DAMAGES[name] = (fuzz.BASES, make)\n"
-        "fuzz.DAMAGES['nothing'] = (fuzz.BASES, lambda rng, folder: None)\n"
-        "fuzz.child(sys.argv[1])\n"
+        "fuzz.DAMAGES['nothing'] = (fuzz.BASES, lambda rng, folder: None)\n",
     )
     names = ("dies", "nothing", "runs", "grows", "raises", "writes", "nothing")
-    found = fuzz.run([f"hf:{name}:{i}" for i, name in enumerate(names)], tmp_path / "fuzz_with_faults.py")
+    found = fuzz.run([f"hf:{name}:{i}" for i, name in enumerate(names)], script)
     said = {case.split(":")[1]: outcome for case, outcome in found.items()}
     assert said.pop("nothing") == "loads"
     for name, words in {
@@ -106,11 +116,7 @@ READERS = {
 @measured
 @pytest.mark.parametrize("reader", READERS)
 def test_other_ways_to_read_a_folder_are_as_careful(tmp_path, reader):
-    (tmp_path / "fuzz_reader.py").write_text(
-        f"import os, sys\nsys.path.insert(0, {str(Path(fuzz.__file__).parent)!r})\n"
-        f"import attnlab, fuzz_checkpoints as fuzz\n{READERS[reader]}fuzz.child(sys.argv[1])\n"
-    )
-    found = fuzz.run(fuzz.cases(range(1))[::3], tmp_path / "fuzz_reader.py")
+    found = fuzz.run(fuzz.cases(range(1))[::3], fuzzer_with(tmp_path, READERS[reader]))
     assert complaints(found) == {}
     assert {"loads", "CheckpointError"} <= set(found.values())
 

@@ -2,10 +2,11 @@
 
 import math
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
-from cached_models import KINDS, W, in_chunks, small_model
+from cached_models import KINDS, QUANTIZED_KINDS, W, in_chunks, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,6 +73,13 @@ def laid_out(x, layout):
         wide[:, :, 2 : 2 + x.shape[2]] = x
         return wide[:, :, 2 : 2 + x.shape[2]]
     return x
+
+
+def step_of_two_rows(model, x, cache):
+    """Row 0 of a cache takes in 2 of its tokens and row 1 takes in 7; what both together give for one more."""
+    for row, length in enumerate((2, 7)):
+        model(x[row : row + 1, :length], cache.row(row))
+    return model(torch.stack([x[0, 2:3], x[1, 7:8]]), cache)
 
 
 layouts = st.sampled_from(["contiguous", "transposed", "last dim strided", "every other", "part of a buffer"])
@@ -424,6 +432,13 @@ def test_what_is_not_finite_in_one_token_of_a_latent_layer_reaches_all_who_see_i
     assert got[0, 4:].isnan().all()
 
 
+def taken_in(layer, x, cache, absorb=False):
+    """What a latent layer gives for ``x``, which its cache then counts, as a model does by itself."""
+    out = layer(x, cache=cache, absorb=absorb)
+    cache.advance(x.shape[1])
+    return out
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("absorb", [False, True])
 @torch.no_grad()
@@ -434,8 +449,7 @@ def test_a_latent_cache_gives_prefill_decode_and_chunks_the_same_numbers_in_ever
     for chunk in (1, 2, 4, 8):
         cache, out = LatentCache(1, 2, layer.d_latent, layer.d_rope, 9, dtype=dtype), []
         for part in (x[:, :0], *x.split(chunk, 1), x[:, :0]):  # no tokens change nothing
-            out.append(layer(part, cache=cache, absorb=absorb))
-            cache.advance(part.shape[1])
+            out.append(taken_in(layer, part, cache, absorb))
         off = 64 * torch.finfo(dtype).eps * float(whole.abs().max())
         torch.testing.assert_close(torch.cat(out, 1), whole, atol=off, rtol=0)
 
@@ -450,10 +464,7 @@ def test_a_latent_conversation_that_went_to_nan_leaves_nothing_to_the_next():
     cache.row(0).clear()
     assert cache.lengths.tolist() == [0, 3] and not cache.v[:, 0].any() and cache.v[:, 1].isnan().all()
     cache.clear()
-    for row, length in enumerate((2, 7)):
-        layer(x[row : row + 1, :length], cache=(own := cache.row(row)))
-        own.advance(length)
-    got = layer(torch.stack([x[0, 2:3], x[1, 7:8]]), cache=cache)
+    got = step_of_two_rows(partial(taken_in, layer), x, cache)
     torch.testing.assert_close(got[0, 0], layer(x[:1, :3])[0, -1], atol=1e-5, rtol=0)
     torch.testing.assert_close(got[1, 0], layer(x[1:, :8])[0, -1], atol=1e-5, rtol=0)
 
@@ -503,9 +514,7 @@ def test_a_conversation_that_went_to_nan_leaves_nothing_to_the_next(kind):
     cache.row(0).clear()
     assert cache.lengths.tolist() == [0, 3] and not cache.k[:, 0].any() and cache.k[:, 1].isnan().all()
     cache.clear()
-    for row, length in enumerate((2, 7)):
-        model(ids[row : row + 1, :length], cache.row(row))
-    got = model(torch.stack([ids[0, 2:3], ids[1, 7:8]]), cache)
+    got = step_of_two_rows(model, ids, cache)
     torch.testing.assert_close(got[0], model(ids[:1, :3])[0, -1:], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(got[1], model(ids[1:, :8])[0, -1:], atol=1e-5, rtol=1e-4)
 
@@ -562,9 +571,6 @@ def test_no_new_tokens_change_nothing(kind, seen):
 # ---- caches in int8 ---------------------------------------------------------------------------------------------------
 
 
-INT8_KINDS = [{"quantize": "int8", **kind} for kind in KINDS]
-
-
 @thorough
 @given(st.data())
 def test_a_packed_vector_is_within_half_its_scale_whatever_dtype_layout_and_magnitude(data):
@@ -593,7 +599,7 @@ def test_what_is_not_finite_in_one_packed_head_is_nan_there_and_nowhere_else(bad
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", INT8_KINDS)
+@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
 @torch.no_grad()
 def test_in_int8_prefill_decode_and_chunks_around_the_window_agree_in_every_dtype(dtype, kind):
     model = small_model(dtype=dtype)
@@ -607,7 +613,7 @@ def test_in_int8_prefill_decode_and_chunks_around_the_window_agree_in_every_dtyp
     assert (by_chunk[0] - model(ids)).abs().max() < max(0.05, 64 * torch.finfo(dtype).eps) * largest
 
 
-@pytest.mark.parametrize("kind", INT8_KINDS)
+@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
 @torch.no_grad()
 def test_a_conversation_in_int8_that_went_to_nan_leaves_nothing_to_the_next(kind):
     model = small_model()
@@ -617,9 +623,7 @@ def test_a_conversation_in_int8_that_went_to_nan_leaves_nothing_to_the_next(kind
     assert restore_heads(nan).isnan().all()
     cache.k[:], cache.v[:] = nan, nan
     cache.clear()
-    for row, length in enumerate((2, 7)):
-        model(ids[row : row + 1, :length], cache.row(row))
-    got = model(torch.stack([ids[0, 2:3], ids[1, 7:8]]), cache)
+    got = step_of_two_rows(model, ids, cache)
     for i, length in enumerate((2, 7)):
         alone = in_chunks(model, ids[i : i + 1, : length + 1], [length, 1], **kind)[0][0, -1:]
         torch.testing.assert_close(got[i], alone, atol=1e-3, rtol=0)
