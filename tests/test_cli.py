@@ -124,6 +124,13 @@ def test_weights_are_quantized_where_asked(capsys, monkeypatch, tmp_path):
     assert asked[0]["quantize"] == "int8"
 
 
+def test_keys_and_values_are_quantized_where_asked(capsys, monkeypatch):
+    asked, stream = [], attnlab.stream
+    monkeypatch.setattr(attnlab, "stream", lambda *args, **options: asked.append(options) or stream(*args, **options))
+    assert run(capsys, "generate", "def", "--quantize-cache", "int8", "--max-new-tokens", 2)[0] == 0
+    assert asked[0]["quantize_cache"] == "int8"
+
+
 def test_generate_works_through_typer_s_runner_and_from_stdin(folder):
     settings = ["--model", str(folder), "--max-new-tokens", "8"]
     want = runner.invoke(cli.app, ["generate", "def", *settings])
@@ -220,7 +227,7 @@ def test_explore_takes_the_text_from_stdin(folder, tmp_path):
 
 def cells(out, row):
     """A row of the table, without its frame."""
-    line = next(line for line in out.splitlines() if row in line)
+    line = next(line for line in out.splitlines() if "│" in line and row in line)
     return [cell.strip() for cell in line.strip("│ ").split("│")]
 
 
@@ -247,6 +254,16 @@ def test_memory_shows_models_side_by_side(capsys):
     assert cells(out, "of multi-head's")[1:] == ["1/4", "all", "1/2"]
     assert cells(out, "window")[1:] == ["4,096", "none", "4,096 in 21 of 42"]
     assert "llama-2-7b was made for fewer than 32,768 tokens" in out
+
+
+def test_memory_takes_weights_and_cache_in_fewer_bits(capsys):
+    args = ["memory", "mistral-7b-v0.3", "--context", 32768, "--batch", 2, "--device-gb", 16, "--quantize", "int4"]
+    code, out, _ = run(capsys, *args)
+    assert code == 0 and "in bfloat16 with int4 weights" in out
+    assert cells(out, "weights")[1:] == ["4.39 GiB"] and cells(out, "largest batch")[1:] == ["2"]
+    code, out, _ = run(capsys, *args, "--quantize-cache", "int8")
+    assert code == 0 and "in bfloat16 with int4 weights and an int8 cache" in out
+    assert cells(out, "cache, a token")[1:] == ["65.00 KiB"] and cells(out, "largest batch")[1:] == ["4"]
 
 
 def test_memory_reads_a_folder_and_agrees_with_the_real_cache(capsys, folder):
@@ -381,6 +398,10 @@ def test_a_notebook_kernel_that_cannot_use_the_package_is_noticed(monkeypatch, i
         (["generate", "def", "--device", "abacus"], 2, "abacus"),
         (["generate", "def", "--quantize", "int3"], 2, "got 'int3'"),
         (["explore", "def", "--quantize", "int3"], 2, "got 'int3'"),
+        (["generate", "def", "--quantize-cache", "int4"], 2, "got 'int4'"),
+        (["memory", "companion", "--quantize-cache", "int4"], 2, "got 'int4'"),
+        (["memory", "companion", "--quantize", "int3"], 2, "got 'int3'"),
+        (["serve", "--port", "0", "--quantize-cache", "int4"], 2, "got 'int4'"),
         (["generate", "def", "--model", "no such model"], 2, "no such model"),
         (["generate", "def", "--no-such-option"], 2, "--no-such-option"),
         (["explore", ""], 2, "the text is empty"),

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from attnlab.errors import CapacityError, ConfigError, InputError, ShapeError
 from attnlab.generate import Decoder, generate, stream
 from attnlab.loading import LanguageModel
+from attnlab.memory import kv_cache_bytes
 from attnlab.mistral import Mistral, MistralConfig
 from attnlab.tokenizer import load_tokenizer
 from attnlab.training.run import initialise
@@ -52,7 +53,7 @@ class Says:
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.config = SMALL.replace(vocab_size=self.vocab_size)
 
-    def new_cache(self, batch, max_len, static=False):
+    def new_cache(self, batch, max_len, static=False, quantize=None):
         self.max_len = max_len
         return MistralConfigCache(batch, max_len)
 
@@ -253,6 +254,24 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_chosen(bpe):
 # --- the ways to run a step
 
 
+@pytest.mark.parametrize("config", [SMALL, WINDOWED])
+def test_a_cache_in_8_bits_is_the_one_that_generates(bpe, config):
+    """The same ids as step by step through such a cache; not always those of a cache in full."""
+    model, ids = make_model(config), [0, 5, 70, 8, 300, 42, 7, 7, 9, 11]
+    decoder = Decoder(model, 60, quantize_cache="int8")
+    assert decoder.cache.nbytes == kv_cache_bytes(config, 60, quantize_cache="int8")
+    cache, want = model.new_cache(1, 60, quantize="int8"), []
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids]), cache=cache)
+        for _ in range(12):
+            want.append(int(logits[0, -1, : bpe.vocab_size].argmax()))
+            logits = model(torch.tensor([want[-1:]]), cache=cache)
+    lm = LanguageModel(model, bpe, config, "small")
+    assert generate(lm, ids, 12, quantize_cache="int8") == want == list(stream(lm, ids, 12, quantize_cache="int8"))
+    exact, rounded = (Decoder(model, 10, quantize_cache=form).prefill(torch.tensor([ids])) for form in (None, "int8"))
+    assert 0 < (exact - rounded).norm() < 0.05 * exact.norm()
+
+
 def play(decoder, prompt, tokens):
     """Logits after the prompt and after each token."""
     return torch.cat(
@@ -298,15 +317,15 @@ def test_every_mode_gives_the_same_logits(not_compiled, config, batch, device):
             decoder.reset()
 
 
+@pytest.mark.parametrize("quantize_cache", [None, "int8"])
 @pytest.mark.parametrize("config", [SMALL, WINDOWED])
-def test_a_step_is_traced_whole_and_once_for_all_of_its_shape(traced, config):
+def test_a_step_is_traced_whole_and_once_for_all_of_its_shape(traced, config, quantize_cache):
     model = make_model(config.replace(n_layers=1))
     prompt, tokens = torch.tensor([[0, 9, 8]]), torch.arange(50, 65)[None]
-    want = play(Decoder(model, 20), prompt, tokens)
+    want = play(Decoder(model, 20, quantize_cache=quantize_cache), prompt, tokens)
     for max_len in (20, 250):  # both take a cache of 256, or of the window
-        torch.testing.assert_close(
-            play(Decoder(model, max_len, mode="compiled"), prompt, tokens), want, rtol=1e-4, atol=1e-3
-        )
+        decoder = Decoder(model, max_len, mode="compiled", quantize_cache=quantize_cache)
+        torch.testing.assert_close(play(decoder, prompt, tokens), want, rtol=1e-4, atol=1e-3)
     assert len(traced) == 1
 
 
@@ -327,12 +346,13 @@ class OnMeta(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("config", [SMALL, WINDOWED])
-def test_a_static_step_never_asks_the_host_for_a_number(config):
+def test_a_static_step_never_asks_the_host_for_a_number(config, quantize):
     """On the meta device there are no numbers: a step that runs there can be recorded as a CUDA graph."""
     model = Mistral(config).to("meta")
     ids = torch.zeros(2, 1, dtype=torch.long, device="meta")
-    cache = model.new_cache(2, 256, static=True)
+    cache = model.new_cache(2, 256, static=True, quantize=quantize)
     with torch.inference_mode(), OnMeta():
         assert model(ids, cache=cache, last_only=True).shape == (2, 1, 400)
     with torch.inference_mode(), pytest.raises((RuntimeError, NotImplementedError)):  # the ordinary cache does ask
@@ -395,10 +415,11 @@ def test_ids_outside_the_vocabulary_are_refused(lm, ids):
         {"max_new_tokens": -3},
         {"max_new_tokens": 2.5},
         {"mode": "fast"},
+        {"quantize_cache": "int4"},
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_the_call(lm, setting):
-    with pytest.raises(ConfigError, match=next(iter(setting))):
+    with pytest.raises(ConfigError, match="'int8' or not" if "quantize_cache" in setting else next(iter(setting))):
         stream(lm, "def", **setting)
 
 
@@ -418,8 +439,18 @@ def test_a_prompt_longer_than_the_cache_is_refused(mode, not_compiled):
 
 
 def test_a_cache_larger_than_the_memory_is_refused_before_it_is_made(lm):
-    with pytest.raises(CapacityError, match="are free: ask for fewer tokens"):
+    with pytest.raises(CapacityError, match=r'are free: ask for fewer tokens, .*quantize_cache="int8"'):
         stream(lm, "def", max_new_tokens=10**12)
+    with pytest.raises(CapacityError, match=r"are free: ask for fewer tokens$"):
+        stream(lm, "def", max_new_tokens=10**12, quantize_cache="int8")
+
+
+def test_a_cache_without_room_has_room_in_8_bits(lm, monkeypatch):
+    free = kv_cache_bytes(SMALL, 100, dtype="float32") - 1
+    monkeypatch.setattr(module, "free_bytes", lambda device: free)
+    with pytest.raises(CapacityError, match="quantize_cache"):
+        Decoder(lm.model, 100)
+    assert Decoder(lm.model, 100, quantize_cache="int8").cache.nbytes < free
 
 
 def test_a_windowed_model_takes_prompts_of_any_length(bpe):

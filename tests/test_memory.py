@@ -286,6 +286,10 @@ def test_advice_is_enough_when_followed():
     assert memory.fits(V02, fit.total, 32_768, 3) and not memory.fits(V02, fit.total - 1, 32_768, 3)
     assert any("int8" in line for line in memory.fits(V01, 16e9, 8192).advice)
     assert memory.fits(V01, 16e9, 8192, quantize="int8")
+    rounded = memory.fits(V02, 24e9, 32_768, 3, quantize_cache="int8")
+    assert ('quantize_cache="int8"' in text) == bool(rounded) is True and rounded.advice == ()
+    assert rounded.setting == "3 × 32,768 tokens in bfloat16 with an int8 cache"
+    assert "quantize_cache" not in " ".join(memory.fits(V02, 24e9, 32_768, 30, quantize_cache="int8").advice)
     (only,) = memory.fits(V01, 1e9, 8192).advice
     assert only.startswith("a device of")
 
@@ -582,8 +586,26 @@ def test_int8_caches_have_the_bytes_of_the_account(window):
     assert memory.kv_bytes_per_token(V02, quantize_cache="int8") == 130 / 256 * memory.kv_bytes_per_token(V02)
 
 
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_the_accounts_take_an_int8_cache_into_every_sum(quantize):
+    stored = {"quantize": quantize, "quantize_cache": "int8"}
+    cache = memory.kv_cache_bytes(V02, 8192, 3, quantize_cache="int8")
+    weights = memory.bytes_per_step(V02, 0, 3, quantize=quantize)
+    assert memory.bytes_per_step(V02, 8192, 3, **stored) == weights + cache
+    assert memory.bytes_per_step(V02, 0, 3, **stored) == weights
+    assert memory.decode_ceiling(V02, 1e12, 8192, 3, **stored) == 3e12 / (weights + cache)
+    assert memory.fits(V02, 24e9, 8192, 3, **stored).cache == cache
+    rows = memory.largest_batch(V02, 24e9, 8192, **stored)
+    assert memory.fits(V02, 24e9, 8192, rows, **stored) and not memory.fits(V02, 24e9, 8192, rows + 1, **stored)
+    (row,) = memory.compare([V02], 8192, 3, **stored)
+    assert row["cache_bytes"] == cache and row["bytes_per_step"] == weights + cache
+    assert row["weight_bytes"] == memory.weight_bytes(V02, quantize=quantize)
+    assert row["kv_bytes_per_token"] * 3 * 8192 == cache and row["vs_multi_head"] == 4
+
+
 def test_a_cache_is_quantized_to_int8_or_not_at_all():
     with pytest.raises(ConfigError, match="'int8' or not at all; got 'int4' for mistral"):
         memory.kv_bytes_per_token(V02, quantize_cache="int4")
     with pytest.raises(ConfigError, match="caches a latent"):
         memory.kv_cache_bytes("deepseek-v2", 10, quantize_cache="int8")
+    assert "quantize_cache" not in " ".join(memory.fits("deepseek-v2", 5e11, 100_000, 30).advice)  # nor advised

@@ -114,6 +114,8 @@ Quantize = Annotated[
     str | None, typer.Option(help="int8 or int4: store linear weights in a half or a third of 16 bits' memory.")
 ]
 
+QuantizeCache = Annotated[str | None, typer.Option(help="int8: keep keys and values in 8 bits.")]
+
 
 @app.command(short_help="Go on from a prompt.")
 def generate(
@@ -127,6 +129,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    quantize_cache: QuantizeCache = None,
 ) -> None:
     """Go on from a prompt, streaming the text as it comes.
 
@@ -148,7 +151,7 @@ def generate(
     chat = lm.tokenizer.is_instruct and not raw
     if text != text.rstrip(" ") and not chat:
         _say('note: the prompt ends with a space, after which models continue badly; "def" works better than "def "')
-    pieces = attnlab.stream(lm, text, max_new_tokens, temperature, top_p, seed, raw)
+    pieces = attnlab.stream(lm, text, max_new_tokens, temperature, top_p, seed, raw, quantize_cache=quantize_cache)
     last = ""
     with _waiting("reading the prompt"):
         first = next(pieces, "")
@@ -222,6 +225,8 @@ def memory(
     context: Annotated[int, typer.Option(help="Tokens behind each row of the batch.")] = 4096,
     batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4: how linear weights are stored.")] = None,
+    quantize_cache: QuantizeCache = None,
     device_gb: Annotated[
         float | None, typer.Option(help="Memory of a device in GB (10^9 bytes): what fits on it?")
     ] = None,
@@ -232,12 +237,14 @@ def memory(
     Examples
       attnlab memory mistral-7b-v0.1 llama-2-7b --context 32768 --batch 8
       attnlab memory mistral-7b-v0.3 --context 8192 --device-gb 24
+      attnlab memory mistral-7b-v0.3 --context 32768 --device-gb 16 --quantize int4 --quantize-cache int8
       attnlab memory path/to/checkpoint
     """
     from attnlab import memory as accounts
 
     models = [_model_shape(name) for name in names]
-    rows = accounts.compare(models, context, batch, dtype)
+    stored = {"dtype": dtype, "quantize": quantize, "quantize_cache": quantize_cache}
+    rows = accounts.compare(models, context, batch, **stored)
     size = accounts.human_bytes
 
     lines = {
@@ -253,11 +260,11 @@ def memory(
     if device_gb is not None:
         most, answers = [], []
         for model in models:
-            most.append(f"{accounts.largest_batch(model, device_gb * 1e9, context, dtype):,}")
-            answers.append("yes" if accounts.fits(model, device_gb * 1e9, context, batch, dtype) else "no")
+            most.append(f"{accounts.largest_batch(model, device_gb * 1e9, context, **stored):,}")
+            answers.append("yes" if accounts.fits(model, device_gb * 1e9, context, batch, **stored) else "no")
         lines[f"fits {device_gb:g} GB"] = answers
         lines["  largest batch"] = most
-    _table(f"{dtype}, {batch} × {context:,} tokens", [row["model"] for row in rows], lines)
+    _table(accounts.setting_in_words(context, batch, **stored), [row["model"] for row in rows], lines)
     for row in rows:
         if row["beyond_max_context"]:
             print(f"{row['model']} was made for fewer than {context:,} tokens: arithmetic only")
@@ -317,13 +324,15 @@ def _table(title: str, columns: list[str], lines: dict[str, list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(header_style="bold")
     table.add_column("")
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")
     for name, cells in lines.items():
         table.add_row(name, *cells)
-    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 1000)
+    console.print(title, style="italic", highlight=False)  # not the table's title, which is no wider than the table
+    console.print(table)
 
 
 @app.command(short_help="Give a model fewer K/V heads.")
@@ -369,6 +378,7 @@ def serve(
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    quantize_cache: QuantizeCache = None,
 ) -> None:
     """Serve a model with the API of the announcement (Workers AI), and OpenAI's form of it.
 
@@ -384,7 +394,7 @@ def serve(
     from attnlab.serve import Server
 
     lm = attnlab.load(model, device=device, dtype=dtype, quantize=quantize)
-    server = Server(lm, host, port, token, rows=rows, max_len=max_len)
+    server = Server(lm, host, port, token, rows=rows, max_len=max_len, quantize_cache=quantize_cache)
     print(f"serving {lm!r} at {server.url}", flush=True)
     server.run()
 

@@ -25,6 +25,7 @@ from attnlab.sampling import Sampler
 from attnlab.tokenizer import Tokenizer
 
 Mode = Literal["eager", "compiled", "graph"]
+CACHE_IN_INT8 = ', or keep them in 8 bits: quantize_cache="int8"'
 PREFILL_CHUNK = 1024  # tokens a pass: the activations of a long prompt never exist at once
 
 
@@ -38,11 +39,15 @@ class Decoder:
             ``"compiled"``: through ``torch.compile``, over a static cache. Compiling takes up to a minute, here, once.
             ``"graph"``: recorded once as a CUDA graph and replayed, so that the host launches one thing a token and not
             a thousand. On a GPU only.
+        quantize_cache: ``"int8"`` keeps keys and values in 8 bits (``QuantizedKVCache``): half of 16 bits' memory;
+            every step restores what it reads.
 
-    Raises ConfigError for an unknown mode or a graph without a GPU, CapacityError where the cache finds no room.
+    Raises ConfigError for an unknown mode or form, or a graph without a GPU; CapacityError where the cache finds no room.
     """
 
-    def __init__(self, model: Mistral, max_len: int, batch: int = 1, mode: Mode = "eager") -> None:
+    def __init__(
+        self, model: Mistral, max_len: int, batch: int = 1, mode: Mode = "eager", quantize_cache: str | None = None
+    ) -> None:
         if mode not in ("eager", "compiled", "graph"):
             raise ConfigError(f'mode is "eager", "compiled" or "graph"; got {mode!r}')
         if mode == "graph" and model.device.type != "cuda":
@@ -53,13 +58,13 @@ class Decoder:
         self.static = mode != "eager"
         if self.static:  # few lengths mean few compilations, and kernels like them even
             max_len = math.ceil(max_len / 256) * 256
-        need = kv_cache_bytes(model.config, max_len, batch, model.dtype)
+        need = kv_cache_bytes(model.config, max_len, batch, model.dtype, quantize_cache=quantize_cache)
         if model.device.type == "cpu" and need > free_bytes("cpu"):  # a GPU says so itself; here the system would kill
             raise CapacityError(
                 f"a cache of {batch} × {max_len:,} tokens takes {human_bytes(need)}, and {human_bytes(free_bytes('cpu'))} "
-                f"are free: ask for fewer tokens"
+                f"are free: ask for fewer tokens{'' if quantize_cache else CACHE_IN_INT8}"
             )
-        self.cache = model.new_cache(batch, max_len, static=self.static)
+        self.cache = model.new_cache(batch, max_len, static=self.static, quantize=quantize_cache)
         self.seen = 0  # tokens taken in by every row, known without asking the device
         if self.static:  # a step reads its ids from one place, whoever brings them
             self._ids = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
@@ -164,6 +169,7 @@ def generate(
     raw: bool = False,
     stop: Callable[[Any], bool] | None = None,
     mode: Mode = "eager",
+    quantize_cache: str | None = None,
 ) -> str | list[int]:
     """What the model says after ``prompt``, without the prompt: text for text, ids for ids.
 
@@ -174,16 +180,16 @@ def generate(
         top_p: sample from the likeliest tokens that together have this probability (Holtzman et al. 2019, arXiv 1904.09751).
         seed: same seed, same answer, whatever else uses random numbers. None: another answer every time.
         stop: asked after each piece of text (or id) has been handed out; True ends it.
-        mode: how steps run, see ``Decoder``.
+        mode, quantize_cache: how steps run, and how keys and values are kept, see ``Decoder``.
 
     It ends at the model's end token, which is not part of the answer, after ``max_new_tokens``, or when ``stop`` says so.
 
     Raises:
         InputError: an empty prompt, ids outside the vocabulary, a chat for a model without a template.
-        ConfigError: a negative temperature, top_p outside (0, 1], max_new_tokens below 1, an unknown mode.
+        ConfigError: a negative temperature, top_p outside (0, 1], max_new_tokens below 1, an unknown mode or form of cache.
         CapacityError: a prompt and answer for whose keys and values there is no room.
     """
-    pieces = list(stream(lm, prompt, max_new_tokens, temperature, top_p, seed, raw, stop, mode))
+    pieces = list(stream(lm, prompt, max_new_tokens, temperature, top_p, seed, raw, stop, mode, quantize_cache))
     return "".join(pieces) if _is_text(prompt) else pieces
 
 
@@ -197,6 +203,7 @@ def stream(
     raw: bool = False,
     stop: Callable[[Any], bool] | None = None,
     mode: Mode = "eager",
+    quantize_cache: str | None = None,
 ) -> Iterator[str] | Iterator[int]:
     """The same, piece by piece as it comes; the pieces add up to what ``generate`` returns.
 
@@ -207,7 +214,8 @@ def stream(
         raise ConfigError(f"max_new_tokens must be a whole number of 1 or more; got {max_new_tokens}")
     sampler = Sampler(temperature, top_p, seed=seed)
     ids = prompt_ids(lm, prompt, raw)
-    decoder = Decoder(lm.model, len(ids) + int(max_new_tokens) - 1, mode=mode)  # the last token is never taken in
+    max_len = len(ids) + int(max_new_tokens) - 1  # the last token is never taken in
+    decoder = Decoder(lm.model, max_len, mode=mode, quantize_cache=quantize_cache)
     new_ids = _new_ids(lm, decoder, ids, max_new_tokens, sampler)
     if not _is_text(prompt):
         return _until(new_ids, stop)

@@ -484,13 +484,20 @@ def eager_map_bytes(
 
 
 def bytes_per_step(
-    model: Model, context: int, batch: int = 1, dtype: str | torch.dtype = "bfloat16", quantize: str | None = None
+    model: Model,
+    context: int,
+    batch: int = 1,
+    dtype: str | torch.dtype = "bfloat16",
+    quantize: str | None = None,
+    *,
+    quantize_cache: str | None = None,
 ) -> int:
     """Bytes read to decode one token for each of ``batch`` rows that have ``context`` tokens behind them (0: none yet).
 
     All weights but the embedding's rows, once for the whole batch, and every row's cache. One row of the embedding, some
     kilobytes, is left out. A matrix that is also the output is read in full. Of a mixture of experts only those of one
-    token count, which is the least: rows that are sent to others read those too.
+    token count, which is the least: rows that are sent to others read those too. ``quantize_cache`` as in
+    ``kv_bytes_per_token``: what is stored is read once, by a kernel that restores it on the way.
 
     >>> bytes_per_step("mistral-7b-v0.2", 1000) == 14_221_320_192 + 131_072 * 1000
     True
@@ -498,7 +505,7 @@ def bytes_per_step(
     shape, size = as_shape(model), element_bytes(dtype)
     weights = _weights(shape)
     _check_count("batch", batch)
-    cache = kv_cache_bytes(shape, context, batch, dtype) if context else 0
+    cache = kv_cache_bytes(shape, context, batch, dtype, quantize_cache=quantize_cache) if context else 0
     read = replace(weights, linear=weights.linear - weights.idle, linear_rows=weights.linear_rows - weights.idle_rows)
     return read.other * size + _linear_bytes(read, size, quantize) + cache
 
@@ -510,11 +517,13 @@ def decode_ceiling(
     batch: int = 1,
     dtype: str | torch.dtype = "bfloat16",
     quantize: str | None = None,
+    *,
+    quantize_cache: str | None = None,
 ) -> float:
     """Tokens a second, all rows together, that memory of ``bandwidth`` bytes a second allows at most."""
     if not bandwidth > 0:
         raise ConfigError(f"bandwidth is in bytes a second and positive, such as 3.35e12; got {bandwidth}")
-    return batch * bandwidth / bytes_per_step(model, context, batch, dtype, quantize)
+    return batch * bandwidth / bytes_per_step(model, context, batch, dtype, quantize, quantize_cache=quantize_cache)
 
 
 def flops(model: Model, new_tokens: int, cached: int = 0, batch: int = 1, *, last_only: bool = True) -> int:
@@ -643,10 +652,16 @@ def largest_batch(
     dtype: str | torch.dtype = "bfloat16",
     quantize: str | None = None,
     reserve: int | None = None,
+    *,
+    quantize_cache: str | None = None,
 ) -> int:
-    """How many rows of ``context`` tokens fit beside the weights on a device of ``device_bytes``; 0 if none does."""
+    """How many rows of ``context`` tokens fit beside the weights on a device of ``device_bytes``; 0 if none does.
+
+    >>> [largest_batch("mistral-7b-v0.2", 24e9, 8192, quantize_cache=form) for form in (None, "int8")]
+    [7, 13]
+    """
     free = _usable(_device(device_bytes), reserve) - weight_bytes(model, dtype, quantize)
-    return max(0, free // kv_cache_bytes(model, context, 1, dtype))
+    return max(0, free // kv_cache_bytes(model, context, 1, dtype, quantize_cache=quantize_cache))
 
 
 @dataclass(frozen=True)
@@ -697,25 +712,40 @@ def fits(
     dtype: str | torch.dtype = "bfloat16",
     quantize: str | None = None,
     reserve: int | None = None,
+    *,
+    quantize_cache: str | None = None,
 ) -> Fit:
     """Whether weights, cache and a reserve fit on a device. Usable as a truth value; ``print`` it for the sum.
+
+    ``quantize``: how linear weights are stored, ``quantize_cache``: keys and values.
 
     >>> bool(fits("mistral-7b-v0.1", 16e9, context=8192)), bool(fits("mistral-7b-v0.1", 16e9, 8192, quantize="int8"))
     (False, True)
     """
     shape, device = as_shape(model), _device(device_bytes)
     weights = weight_bytes(shape, dtype, quantize)
-    cache = kv_cache_bytes(shape, context, batch, dtype)
+    cache = kv_cache_bytes(shape, context, batch, dtype, quantize_cache=quantize_cache)
     kept_free = reserve_bytes(weights + cache) if reserve is None else _reserve(reserve)
-    stored = _dtype_name(dtype) + (f" with {quantize} weights" if quantize else "")
-    setting = f"{batch} × {context:,} tokens in {stored}"
     advice = ()
     if weights + cache + kept_free > device:
         advice = (
-            *_what_would_help(shape, device, context, batch, dtype, quantize, reserve),
+            *_what_would_help(shape, device, context, batch, dtype, quantize, reserve, quantize_cache),
             f"a device of {human_bytes(weights + cache + kept_free)}",
         )
+    setting = setting_in_words(context, batch, dtype, quantize, quantize_cache)
     return Fit(shape.name, setting, device, weights, cache, kept_free, advice)
+
+
+def setting_in_words(
+    context: int, batch: int, dtype: str | torch.dtype, quantize: str | None = None, quantize_cache: str | None = None
+) -> str:
+    """What was asked of the accounts.
+
+    >>> setting_in_words(4096, 2, "bfloat16", "int4", "int8")
+    '2 × 4,096 tokens in bfloat16 with int4 weights and an int8 cache'
+    """
+    forms = [f"{quantize} weights"] * bool(quantize) + [f"an {quantize_cache} cache"] * bool(quantize_cache)
+    return f"{batch} × {context:,} tokens in {_dtype_name(dtype)}{' with ' if forms else ''}{' and '.join(forms)}"
 
 
 @dataclass(frozen=True)
@@ -792,13 +822,19 @@ def plan(
 
 
 def compare(
-    models: list[Model], context: int = 4096, batch: int = 1, dtype: str | torch.dtype = "bfloat16"
+    models: list[Model],
+    context: int = 4096,
+    batch: int = 1,
+    dtype: str | torch.dtype = "bfloat16",
+    quantize: str | None = None,
+    *,
+    quantize_cache: str | None = None,
 ) -> list[dict]:
     """One row a model, for tables and figures; bytes are exact, and None where the parameters are not known.
 
-    ``vs_multi_head`` is how many times smaller a token's share of the cache is than with a K/V head for each query head.
+    ``vs_multi_head`` is how many times fewer elements a token has in the cache than with a K/V head for each query head.
     """
-    rows = []
+    rows, in_cache = [], {"dtype": dtype, "quantize_cache": quantize_cache}
     for model in models:
         shape = as_shape(model)
         known = shape.weights is not None
@@ -811,11 +847,13 @@ def compare(
                 "n_kv_heads": shape.n_kv_heads,
                 "head_dim": shape.head_dim,
                 "windows": shape.windows,
-                "kv_bytes_per_token": kv_bytes_per_token(shape, dtype),
+                "kv_bytes_per_token": kv_bytes_per_token(shape, **in_cache),
                 "vs_multi_head": 2 * shape.n_heads * shape.head_dim / shape.elements_per_token,
-                "cache_bytes": kv_cache_bytes(shape, context, batch, dtype),
-                "weight_bytes": weight_bytes(shape, dtype) if known else None,
-                "bytes_per_step": bytes_per_step(shape, context, batch, dtype) if known else None,
+                "cache_bytes": kv_cache_bytes(shape, context, batch, **in_cache),
+                "weight_bytes": weight_bytes(shape, dtype, quantize) if known else None,
+                "bytes_per_step": bytes_per_step(shape, context, batch, quantize=quantize, **in_cache)
+                if known
+                else None,
                 "beyond_max_context": shape.max_context is not None and context > shape.max_context,
                 "source": shape.source,
             }
@@ -980,23 +1018,29 @@ def _linear_bytes(weights: Weights, size: int, quantize: str | None) -> int:
     return weights.linear * bits // 8 + scales * per_scale
 
 
-def _what_would_help(shape, device, context, batch, dtype, quantize, reserve):
+def _what_would_help(shape, device, context, batch, dtype, quantize, reserve, quantize_cache):
     """Changes to what was asked, each of which is enough by itself."""
     usable = _usable(device, reserve)
-    weights, cache = weight_bytes(shape, dtype, quantize), kv_cache_bytes(shape, context, batch, dtype)
+    weights = weight_bytes(shape, dtype, quantize)
+
+    def cache(context: int = context, form: str | None = quantize_cache) -> int:
+        return kv_cache_bytes(shape, context, batch, dtype, quantize_cache=form)
+
     for smaller in QUANTIZED:
         fewer = weight_bytes(shape, dtype, smaller)
-        if fewer < weights and fewer + cache <= usable:
+        if fewer < weights and fewer + cache() <= usable:
             yield f'quantize="{smaller}": the weights take {human_bytes(fewer)} instead of {human_bytes(weights)}'
             break
-    rows = largest_batch(shape, device, context, dtype, quantize, reserve)
+    if quantize_cache is None and shape.latent_dim is None and weights + cache(form="int8") <= usable:
+        yield f'quantize_cache="int8": the cache takes {human_bytes(cache(form="int8"))} instead of {human_bytes(cache())}'
+    rows = largest_batch(shape, device, context, dtype, quantize, reserve, quantize_cache=quantize_cache)
     if 0 < rows < batch:
         yield f"a batch of {rows} instead of {batch}"
-    if kv_cache_bytes(shape, 1, batch, dtype) <= usable - weights:
+    if weights + cache(1) <= usable:
         shorter, too_long = 1, context
         while too_long - shorter > 1:
             middle = (shorter + too_long) // 2
-            if kv_cache_bytes(shape, middle, batch, dtype) <= usable - weights:
+            if weights + cache(middle) <= usable:
                 shorter = middle
             else:
                 too_long = middle

@@ -43,13 +43,13 @@ def test_sigterm_lets_an_answer_finish_and_after_kill_it_starts_again_on_the_sam
 
 
 def test_a_model_with_fewer_bits_is_served_as_it_is_generated_from():
-    process, url = start("--port", "0", "--quantize", "int4")
+    process, url = start("--port", "0", "--quantize", "int4", "--quantize-cache", "int8")
     with Client(url, "companion") as client:
         served = client.run("def add(a, b):", temperature=0, max_tokens=16)["response"]
     process.kill()
     process.communicate()
     lm = attnlab.load("companion", device="cpu", quantize="int4")
-    assert served == attnlab.generate(lm, "def add(a, b):", max_new_tokens=16)
+    assert served == attnlab.generate(lm, "def add(a, b):", max_new_tokens=16, quantize_cache="int8")
 
 
 def test_what_it_will_not_do_is_said_in_one_line(capsys, monkeypatch):

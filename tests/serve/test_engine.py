@@ -9,6 +9,7 @@ import torch
 from until import wait_until
 
 import attnlab
+from attnlab import memory
 from attnlab.errors import CapacityError, ConfigError, InputError
 from attnlab.sampling import Sampler
 from attnlab.serve.engine import End, Engine
@@ -50,11 +51,11 @@ def logit_margin(lm, ids):
     return (top[0] - top[1]).item()
 
 
-def assert_same(lm, prompt, batched, alone):
+def assert_same(lm, prompt, batched, alone, near=1e-4):
     """Equal, or first different where the two best logits are as good as equal."""
     for i, (a, b) in enumerate(zip(batched, alone, strict=False)):
         if a != b:
-            assert logit_margin(lm, lm.tokenizer.encode(prompt) + alone[:i]) < 1e-4
+            assert logit_margin(lm, lm.tokenizer.encode(prompt) + alone[:i]) < near
             return
     assert len(batched) == len(alone)
 
@@ -68,6 +69,18 @@ def test_conversations_that_share_steps_say_what_they_would_say_alone(lm, engine
         assert_same(lm, prompt, ids, alone)
         assert end.reason == ("length" if len(ids) == n else "stop")
     assert engine.state.decoding == engine.state.waiting == 0
+
+
+def test_a_cache_in_8_bits_takes_half_and_says_what_it_would_say_alone(lm):
+    engine = Engine(lm, rows=3, quantize_cache="int8")
+    assert engine.cache.nbytes == memory.kv_cache_bytes(lm.config, 2048, 3, quantize_cache="int8")
+    lengths = [30, 7, 50, 1, 22]
+    asked = [ask(engine, prompt, n) for prompt, n in zip(PROMPTS, lengths, strict=True)]
+    for prompt, n, (_, got) in zip(PROMPTS, lengths, asked, strict=True):
+        ids, _ = collect(got)
+        alone = attnlab.generate(lm, lm.tokenizer.encode(prompt), max_new_tokens=n, quantize_cache="int8")
+        assert_same(lm, prompt, ids, alone, near=0.05)  # the last bit of a sum may turn a number's rounding
+    assert engine.close(20)
 
 
 def test_a_nan_left_in_a_row_does_not_reach_who_comes_next(lm, engine):
@@ -142,10 +155,10 @@ def test_what_finds_no_room_is_refused_in_words(lm):
     assert not engine.close(0.1)  # what was at work was ended
     with pytest.raises(CapacityError, match="shutting down"):
         ask(engine, PROMPTS[0], 1)
-    for how in ({"rows": 0}, {"max_len": 1}, {"max_waiting": -1}):
+    for how in ({"rows": 0}, {"max_len": 1}, {"max_waiting": -1}, {"quantize_cache": "int4"}):
         with pytest.raises(ConfigError):
             Engine(lm, **how)
-    with pytest.raises(CapacityError, match="fewer rows"):
+    with pytest.raises(CapacityError, match=r"fewer rows.*quantize_cache"):
         Engine(lm, rows=10**9)
 
 

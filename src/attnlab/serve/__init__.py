@@ -21,14 +21,19 @@ class Server:
     Args:
         host: loopback, or with a ``token`` any address of this machine. port: 0 takes a free one.
         token: what callers must send as ``Authorization: Bearer …``.
-        engine: ``rows``, ``max_len``, ``max_waiting``, see ``Engine``.
+        engine: ``rows``, ``max_len``, ``max_waiting``, ``quantize_cache``, see ``Engine``.
 
     Raises ConfigError for another host without a token or for missing packages, InputError for a port that is taken,
     CapacityError where the rows' cache finds no room.
     """
 
     def __init__(
-        self, lm: LanguageModel, host: str = "127.0.0.1", port: int = 0, token: str | None = None, **engine: int
+        self,
+        lm: LanguageModel,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        token: str | None = None,
+        **engine: int | str | None,
     ) -> None:
         try:
             import uvicorn

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from attnlab.errors import AttnlabError, CapacityError, ConfigError, InputError
+from attnlab.generate import CACHE_IN_INT8
 from attnlab.loading import LanguageModel, free_bytes
 from attnlab.memory import human_bytes, kv_cache_bytes
 from attnlab.sampling import Sampler
@@ -59,21 +60,30 @@ class Engine:
         rows: conversations at once at most. Their cache is taken at the start, so a row that is free has its memory.
         max_len: tokens that each row can hold, prompt and answer. A model with a window takes any number and ignores it.
         max_waiting: conversations that may wait for a row. One more is refused.
+        quantize_cache: ``"int8"`` keeps keys and values in 8 bits, so that twice as many rows fit, see ``Decoder``.
 
-    Raises ConfigError for sizes below 1, CapacityError where the rows' cache finds no room.
+    Raises ConfigError for sizes below 1 or an unknown form, CapacityError where the rows' cache finds no room.
     """
 
-    def __init__(self, lm: LanguageModel, rows: int = 16, max_len: int = 2048, max_waiting: int = 256) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        rows: int = 16,
+        max_len: int = 2048,
+        max_waiting: int = 256,
+        quantize_cache: str | None = None,
+    ) -> None:
         if rows < 1 or max_len < 2 or max_waiting < 0:
             raise ConfigError(f"a server needs rows of 1 or more and max_len of 2 or more; got {rows} and {max_len}")
-        need = kv_cache_bytes(lm.config, max_len, rows, lm.model.dtype)
+        need = kv_cache_bytes(lm.config, max_len, rows, lm.model.dtype, quantize_cache=quantize_cache)
+        hint = "" if quantize_cache else CACHE_IN_INT8
         if need > free_bytes(lm.model.device):
             raise CapacityError(
                 f"{rows} rows of {max_len:,} tokens take {human_bytes(need)} of cache, and "
-                f"{human_bytes(free_bytes(lm.model.device))} are free: fewer rows, or shorter ones"
+                f"{human_bytes(free_bytes(lm.model.device))} are free: fewer rows, or shorter ones{hint}"
             )
         self.lm, self.max_waiting = lm, max_waiting
-        self.cache = lm.model.new_cache(rows, max_len)
+        self.cache = lm.model.new_cache(rows, max_len, quantize=quantize_cache)
         self._waiting: deque[Job] = deque()
         self._prefilling: Job | None = None  # it stands in the row behind those that decode
         self._decoding: list[Job] = []  # the i-th is row i of the cache
