@@ -60,7 +60,7 @@ class Engine:
         rows: conversations at once at most. Their cache is taken at the start, so a row that is free has its memory.
         max_len: tokens that each row can hold, prompt and answer. A model with a window takes any number and ignores it.
         max_waiting: conversations that may wait for a row. One more is refused.
-        quantize_cache: ``"int8"`` keeps keys and values in 8 bits, so that twice as many rows fit, see ``Decoder``.
+        quantize_cache: ``"int8"`` keeps keys and values in 8 bits: almost twice as many rows fit as in 16, see ``Decoder``.
 
     Raises ConfigError for sizes below 1 or an unknown form, CapacityError where the rows' cache finds no room.
     """
