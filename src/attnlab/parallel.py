@@ -471,8 +471,9 @@ def process_group(
     )
     try:
         mesh = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("ranks",))
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
         for group in (dist.group.WORLD, mesh.get_group()):
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
+            set_timeout(timedelta(seconds=timeout), group)
         yield mesh
     finally:
         dist.destroy_process_group()

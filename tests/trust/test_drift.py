@@ -19,8 +19,10 @@ from packaging.version import Version
 from .isolation import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# The comparisons with torch and transformers, and the files that both read and write.
+# The comparisons with torch and transformers, the files that both read and write, and what calls torch where it changes most:
+# its packed kernels, its compiler, its ranks.
 PARITY = ["attention", "layers", "rotary", "mistral", "checkpoint", "record", "tokenizer", "loading"]
+PARITY += ["quantize", "generate", "parallel"]
 TOOLS = ["pytest", "hypothesis", "protobuf", "httpx", "nbformat"]  # what those tests use, at the pinned versions
 CPU = "https://download.pytorch.org/whl/cpu"
 # What transformers 5 named anew, and the one module that knows both names.
