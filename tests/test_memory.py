@@ -287,7 +287,7 @@ def test_advice_is_enough_when_followed():
     assert any("int8" in line for line in memory.fits(V01, 16e9, 8192).advice)
     assert memory.fits(V01, 16e9, 8192, quantize="int8")
     rounded = memory.fits(V02, 24e9, 32_768, 3, quantize_cache="int8")
-    assert ('quantize_cache="int8"' in text) == bool(rounded) is True and rounded.advice == ()
+    assert 'quantize_cache="int8"' in text and rounded and rounded.advice == ()
     assert rounded.setting == "3 × 32,768 tokens in bfloat16 with an int8 cache"
     assert "quantize_cache" not in " ".join(memory.fits(V02, 24e9, 32_768, 30, quantize_cache="int8").advice)
     (only,) = memory.fits(V01, 1e9, 8192).advice

@@ -113,7 +113,6 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; w
 Quantize = Annotated[
     str | None, typer.Option(help="int8 or int4: store linear weights in a half or a third of 16 bits' memory.")
 ]
-
 QuantizeCache = Annotated[str | None, typer.Option(help="int8: keep keys and values in 8 bits.")]
 
 
@@ -225,7 +224,7 @@ def memory(
     context: Annotated[int, typer.Option(help="Tokens behind each row of the batch.")] = 4096,
     batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    quantize: Annotated[str | None, typer.Option(help="int8 or int4: how linear weights are stored.")] = None,
+    quantize: Quantize = None,
     quantize_cache: QuantizeCache = None,
     device_gb: Annotated[
         float | None, typer.Option(help="Memory of a device in GB (10^9 bytes): what fits on it?")
@@ -277,7 +276,7 @@ def choose(
     context: Annotated[int, typer.Option(help="Tokens behind each row of the batch.")] = 4096,
     batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    quantize: Annotated[str | None, typer.Option(help="int8 or int4: how linear weights are stored.")] = None,
+    quantize: Quantize = None,
     at_least: Annotated[float, typer.Option(help="Of the fastest style's speed, the share to keep.")] = 0.5,
 ) -> None:
     """Multi-head, grouped-query or multi-query: the most K/V heads that fit and keep a share of the fastest style's speed.

@@ -60,26 +60,26 @@ def assert_same(lm, prompt, batched, alone, near=1e-4):
     assert len(batched) == len(alone)
 
 
-def test_conversations_that_share_steps_say_what_they_would_say_alone(lm, engine):
-    lengths = [30, 7, 50, 1, 22]
-    asked = [ask(engine, prompt, n) for prompt, n in zip(PROMPTS, lengths, strict=True)]  # five on three rows
+def assert_all_same(engine, near=1e-4, **how):
+    """Five conversations of unlike lengths say what each would say alone, generated from ``how``."""
+    lm, lengths = engine.lm, [30, 7, 50, 1, 22]
+    asked = [ask(engine, prompt, n) for prompt, n in zip(PROMPTS, lengths, strict=True)]
     for prompt, n, (_, got) in zip(PROMPTS, lengths, asked, strict=True):
         ids, end = collect(got)
-        alone = attnlab.generate(lm, lm.tokenizer.encode(prompt), max_new_tokens=n)
-        assert_same(lm, prompt, ids, alone)
+        alone = attnlab.generate(lm, lm.tokenizer.encode(prompt), max_new_tokens=n, **how)
+        assert_same(lm, prompt, ids, alone, near)
         assert end.reason == ("length" if len(ids) == n else "stop")
     assert engine.state.decoding == engine.state.waiting == 0
+
+
+def test_conversations_that_share_steps_say_what_they_would_say_alone(engine):
+    assert_all_same(engine)  # on three rows
 
 
 def test_a_cache_in_8_bits_takes_half_and_says_what_it_would_say_alone(lm):
     engine = Engine(lm, rows=3, quantize_cache="int8")
     assert engine.cache.nbytes == memory.kv_cache_bytes(lm.config, 2048, 3, quantize_cache="int8")
-    lengths = [30, 7, 50, 1, 22]
-    asked = [ask(engine, prompt, n) for prompt, n in zip(PROMPTS, lengths, strict=True)]
-    for prompt, n, (_, got) in zip(PROMPTS, lengths, asked, strict=True):
-        ids, _ = collect(got)
-        alone = attnlab.generate(lm, lm.tokenizer.encode(prompt), max_new_tokens=n, quantize_cache="int8")
-        assert_same(lm, prompt, ids, alone, near=0.05)  # the last bit of a sum may turn a number's rounding
+    assert_all_same(engine, near=0.05, quantize_cache="int8")  # the last bit of a sum may turn a number's rounding
     assert engine.close(20)
 
 
